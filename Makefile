@@ -1,0 +1,31 @@
+# Every target sets up what it needs; a second call sets up nothing. PYTHON=python3.12 make test picks another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench golden clean
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*##/ -/'
+
+.venv/ready: setup.py pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+setup: .venv/ready  ## make .venv with apr installed in it, editable
+
+demo: setup      ## train a small model on the standard library's source, about a minute on two cores
+	@rm -rf runs/demo
+	$(BIN)/apr pretrain --demo --run-dir runs/demo
+
+test: setup      ## everything that needs no GPU
+	$(BIN)/python -m pytest -q
+
+check: setup     ## style and types: seconds, before every commit
+	$(BIN)/ruff check . && $(BIN)/mypy
+
+bench: setup     ## the demo model's training rate (beside PyTorch where PEER_PYTHON names an interpreter that has it)
+	$(BIN)/python benchmarks/bench_train_cpu.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
+
+clean:           ## remove what the targets made, runs excepted
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,113 @@
+"""Files read as if they were hostile, and written so that a crash loses nothing.
+
+Reading: only regular files (a FIFO would hang, a device never end), sizes known before anything is allocated. Writing:
+to a temporary name in the same folder, fsync, rename, fsync of the folder. Operating-system errors become apr's own.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from apr.errors import AprError, FormatError, NotFoundError, StorageError
+
+CHUNK = 1 << 20
+
+
+def os_error(where: str, error: OSError) -> AprError:
+    """The apr error that an OSError means."""
+    reason = error.strerror or str(error)
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return NotFoundError(where, "an existing path", "nothing there", "check the path")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StorageError(where, "room to write", reason, "free space and run again; what was complete before is intact")
+    return StorageError(where, "a path that can be read and written", reason, "check permissions and the disk")
+
+
+@contextlib.contextmanager
+def os_errors(where: str) -> Iterator[None]:
+    """Turn any OSError of the block into the apr error for `where`."""
+    try:
+        yield
+    except OSError as e:
+        raise os_error(where, e) from e
+
+
+def open_regular(path: Path) -> tuple[BinaryIO, int]:
+    """An open regular file and its size in bytes.
+
+    Raises NotFoundError, StorageError, or FormatError when the path is a folder, FIFO, socket or device.
+    """
+    with os_errors(str(path)):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        os.close(fd)
+        kind = "a folder" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+        raise FormatError(str(path), "a regular file", kind, "give the path of a file")
+    return os.fdopen(fd, "rb"), info.st_size
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a regular file of at most `limit` bytes.
+
+    Raises as open_regular, and FormatError over the limit.
+    """
+    f, size = open_regular(path)
+    with f, os_errors(str(path)):
+        if size > limit:
+            raise FormatError(str(path), f"at most {limit} bytes", f"{size}", "this is not such a file; check the path")
+        return f.read(limit)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a regular file, hexadecimal."""
+    f, _ = open_regular(path)
+    with f, os_errors(str(path)):
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a folder's entries durable: a rename is only on disk after this."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Write a new file and fsync it; the name is not yet durable (fsync_dir) and the write not atomic."""
+    with os_errors(str(path)), open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` at the end of the block, whole or not at all.
+
+    On any error the temporary file is removed and `path` is as it was. Raises StorageError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        with os_errors(str(path)):
+            with open(temporary, "xb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            fsync_dir(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, whole or not at all, durable on return. Raises StorageError."""
+    with replacing(path) as f:
+        f.write(data)

@@ -1,0 +1,101 @@
+"""Every parameter of a model: one table that initialisation, AdamW, checkpoints and the GPU arena all loop over.
+
+Names and shapes are Hugging Face's: matrices are [out, in], used as x · Wᵀ. In flat memory the decayed matrices come
+first, then the rest, so that AdamW is two ranges; q, k, v (and gate, up) are neighbours, so that a merged product is a
+view.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from apr.config import TransformerConfig
+
+ALIGNMENT = 64  # elements; 256 bytes of float32, what vector loads and TMA want
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A parameter: name, shape, how it starts (normal(0, 0.02), ones or zeros), whether weight decay applies."""
+
+    name: str
+    shape: tuple[int, ...]
+    init: str
+    decay: bool
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+def param_specs(config: TransformerConfig) -> list[ParamSpec]:
+    """Every parameter of the model in flat-memory order: matrices (decayed), then norms and biases."""
+    c, heads, kv = config, config.NH * config.HS, config.NKV * config.HS
+    matrices = [("model.embed_tokens.weight", (c.V, c.C))]
+    vectors: list[tuple[str, int, str]] = []
+    for i in range(c.L):
+        attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        matrices += [(attn + "q_proj.weight", (heads, c.C)), (attn + "k_proj.weight", (kv, c.C)),
+                     (attn + "v_proj.weight", (kv, c.C)), (attn + "o_proj.weight", (c.C, heads)),
+                     (mlp + "gate_proj.weight", (c.F, c.C)), (mlp + "up_proj.weight", (c.F, c.C)),
+                     (mlp + "down_proj.weight", (c.C, c.F))]
+        vectors.append((f"model.layers.{i}.input_layernorm.weight", c.C, "ones"))
+        if c.use_bias:
+            vectors += [(attn + f"{p}_proj.bias", n, "zeros") for p, n in (("q", heads), ("k", kv), ("v", kv))]
+        if c.qk_norm:
+            vectors += [(attn + f"{p}_norm.weight", c.HS, "ones") for p in "qk"]
+        vectors.append((f"model.layers.{i}.post_attention_layernorm.weight", c.C, "ones"))
+    vectors.append(("model.norm.weight", c.C, "ones"))
+    if not c.tie_word_embeddings:
+        matrices.append(("lm_head.weight", (c.V, c.C)))
+    return ([ParamSpec(name, shape, "normal", True) for name, shape in matrices]
+            + [ParamSpec(name, (n,), init, False) for name, n, init in vectors])
+
+
+def parameter_count(config: TransformerConfig, untied: bool = False) -> int:
+    """Parameters of the model. `untied` counts the head apart even where it is tied, as upstream's 370M gate does."""
+    count = sum(spec.size for spec in param_specs(config))
+    return count + (config.V * config.C if untied and config.tie_word_embeddings else 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each parameter lies in flat memory. Offsets are in elements; gaps between parameters stay zero."""
+
+    specs: tuple[ParamSpec, ...]
+    offsets: tuple[int, ...]
+    size: int
+    decay_end: int  # [0, decay_end) is decayed, [decay_end, size) is not
+
+    def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters by name, as views of `flat` (size,)."""
+        return {s.name: flat[o:o + s.size].reshape(s.shape) for s, o in zip(self.specs, self.offsets, strict=True)}
+
+
+def layout(config: TransformerConfig) -> Layout:
+    """The flat-memory layout of the model's parameters."""
+    specs = param_specs(config)
+    offsets, position, decay_end = [], 0, 0
+    for spec in specs:
+        offsets.append(position)
+        position += -(-spec.size // ALIGNMENT) * ALIGNMENT
+        if spec.decay:
+            decay_end = position
+    return Layout(tuple(specs), tuple(offsets), position, decay_end)
+
+
+def init_params(config: TransformerConfig, seed: int, out: dict[str, np.ndarray]) -> None:
+    """Write initial values into `out`: normal(0, 0.02) for matrices, 1 for norms, 0 for biases.
+
+    Each tensor's stream is keyed by (seed, name), so a tensor's values do not depend on which others exist.
+    """
+    for spec in param_specs(config):
+        if spec.init == "normal":
+            key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
+            rng = np.random.Generator(np.random.Philox(key=[seed, key]))
+            out[spec.name][...] = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(0.02)
+        else:
+            out[spec.name][...] = 1.0 if spec.init == "ones" else 0.0

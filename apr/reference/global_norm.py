@@ -1,0 +1,23 @@
+"""The L2 norm over every gradient of the model, and the factor that clips it.
+
+MATH    norm = sqrt(sum over all parameters of grad^2)        factor = min(1, max_norm / norm)
+SOURCE  Pascanu et al. 2013, arXiv:1211.5063
+"""
+
+import numpy as np
+
+BLOCK = 1 << 16  # elements summed in one go; partial sums are added in float64, in order
+
+
+def global_norm(grads: np.ndarray) -> float:
+    """grads (P,) float, flat. Returns the norm; NaN or inf if a gradient is."""
+    total = 0.0
+    for start in range(0, grads.size, BLOCK):
+        block = grads[start:start + BLOCK].astype(np.float64)
+        total += float(np.dot(block, block))
+    return float(np.sqrt(total))
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What to multiply gradients by so that their norm is at most max_norm; 1 when it already is."""
+    return min(1.0, max_norm / norm) if norm > 0 else 1.0
