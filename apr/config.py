@@ -13,6 +13,7 @@ import msgspec
 
 from apr.errors import ConfigError, did_you_mean
 
+IGNORE = -100  # the target id that means "no target here"; Hugging Face's label for it
 VOCAB_MULTIPLE = 128  # logits are padded to this inside; 50257 unpadded costs 7x on the head
 
 # Upstream's (aprender's) names for fields that Hugging Face names otherwise.

@@ -5,13 +5,13 @@ first, then the rest, so that AdamW is two ranges; q, k, v (and gate, up) are ne
 view.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from apr.config import TransformerConfig
+from apr.rng import generator
 
 ALIGNMENT = 64  # elements; 256 bytes of float32, what vector loads and TMA want
 
@@ -94,8 +94,7 @@ def init_params(config: TransformerConfig, seed: int, out: dict[str, np.ndarray]
     """
     for spec in param_specs(config):
         if spec.init == "normal":
-            key = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:8], "little")
-            rng = np.random.Generator(np.random.Philox(key=[seed, key]))
-            out[spec.name][...] = rng.standard_normal(spec.shape, dtype=np.float32) * np.float32(0.02)
+            noise = generator(seed, "init", spec.name).standard_normal(spec.shape, dtype=np.float32)
+            out[spec.name][...] = noise * np.float32(0.02)
         else:
             out[spec.name][...] = 1.0 if spec.init == "ones" else 0.0

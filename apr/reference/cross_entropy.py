@@ -6,9 +6,9 @@ MATH    loss_n = log(sum_v exp(logit_nv)) - logit_n,target        dlogit_nv = (s
 
 import numpy as np
 
+from apr.config import IGNORE
 from apr.errors import ShapeError
 
-IGNORE = -100  # Hugging Face's label for "no target here"
 ROWS = 64  # rows per block: a block of logits stays in the cache between the passes over it
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from apr.config import TransformerConfig
+from apr.config import IGNORE, TransformerConfig
 from apr.errors import ShapeError
 from apr.reference.block import Arrays, block_backward, block_forward
-from apr.reference.cross_entropy import IGNORE, cross_entropy_forward_backward
+from apr.reference.cross_entropy import cross_entropy_forward_backward
 from apr.reference.embedding import embedding_backward, embedding_forward
 from apr.reference.linear import linear_backward, linear_forward
 from apr.reference.rmsnorm import rmsnorm_backward, rmsnorm_forward

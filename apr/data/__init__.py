@@ -1,0 +1,1 @@
+"""Text to token ids to batches: documents, tokenizer, shards, the shuffled stream."""

@@ -1,0 +1,237 @@
+"""Token shards: little-endian u16 or u32 files and a manifest; also upstream's headerless u32 `.bin` files.
+
+    manifest.json   format, version, dtype, token_count, documents, vocab_size, eos_id, tokenizer_sha256,
+                    shards: [{file, tokens, sha256}]
+    shard-0000.bin  token ids, documents one after the other, each ended by eos_id
+
+A folder of shards appears whole or not at all. Reading checks every id, every hash and every length before training
+starts; files are read by offset, never mapped, so that a file cut short while in use is an error and not a signal.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr.data.tokenizer import Tokenizer
+from apr.errors import ConfigError, FormatError, GateError, IntegrityError, NotFoundError, StorageError
+from apr.files import fsync_dir, open_regular, os_errors, write_durable
+from apr.strict import read_json
+
+TOKENS_PER_SHARD = 10_000_000
+SCAN = 1 << 20  # tokens read at a time when a shard is checked
+DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+MANIFEST_KEYS = {"format": str, "version": int, "dtype": str, "token_count": int, "documents": int, "vocab_size": int, "eos_id": int,
+                 "tokenizer_sha256": str, "shards": list}
+
+
+@dataclass(frozen=True)
+class MemoryShard:
+    """Tokens held in memory: (n,) int32."""
+
+    array: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return int(self.array.size)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32."""
+        return self.array[start:stop]
+
+
+class FileShard:
+    """Tokens of a file, read by offset."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.path, self.dtype = path, dtype
+        self.file, size = open_regular(path)
+        if size == 0 or size % dtype.itemsize:
+            raise FormatError(str(path), f"a positive multiple of {dtype.itemsize} bytes", f"{size} bytes", "write the shard again")
+        self.tokens = size // dtype.itemsize
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int64-safe unsigned values. Raises StorageError when the file has become shorter."""
+        width = self.dtype.itemsize
+        with os_errors(str(self.path)):
+            data = os.pread(self.file.fileno(), (stop - start) * width, start * width)
+        if len(data) != (stop - start) * width:
+            raise StorageError(str(self.path), f"{(stop - start) * width} bytes at offset {start * width}", f"{len(data)}",
+                               "the file was cut while in use; restore it and resume")
+        return np.frombuffer(data, self.dtype)
+
+
+class TokenSource:
+    """A corpus: shards end to end, checked, with the places where documents start.
+
+    `tokens` in all; `starts` (documents,) int64; `histogram` (vocab_size,) of token counts; `fingerprint` of the contents.
+    """
+
+    def __init__(self, shards: list[Any], names: list[str], vocab_size: int, eos_id: int | None,
+                 expected_sha256: list[str] | None = None) -> None:
+        self.shards, self.vocab_size = shards, vocab_size
+        self.offsets = np.cumsum([0] + [s.tokens for s in shards])
+        self.tokens = int(self.offsets[-1])
+        self.histogram = np.zeros(vocab_size, np.int64)
+        ends, whole = [], hashlib.sha256()
+        for index, (shard, name) in enumerate(zip(shards, names, strict=True)):
+            digest = hashlib.sha256()
+            for start in range(0, shard.tokens, SCAN):
+                chunk = shard.read(start, min(start + SCAN, shard.tokens))
+                digest.update(chunk.tobytes())
+                if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
+                    at = int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+                    raise FormatError(f"{name} token {start + at}", f"an id in [0, {vocab_size})", str(int(chunk[at])),
+                                      "these shards are for another tokenizer or model")
+                self.histogram += np.bincount(chunk, minlength=vocab_size)
+                if eos_id is not None:
+                    ends.append(np.flatnonzero(chunk == eos_id) + self.offsets[index] + start + 1)
+            if expected_sha256 is not None and digest.hexdigest() != expected_sha256[index]:
+                raise IntegrityError(name, f"SHA-256 {expected_sha256[index][:16]}…", f"{digest.hexdigest()[:16]}…", "write the shards again")
+            whole.update(digest.digest())
+        self.fingerprint = whole.hexdigest()
+        self.starts = np.unique(np.concatenate([self.offsets[:1], *ends]))
+        self.starts = self.starts[self.starts < self.tokens]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the whole corpus, int32."""
+        out, filled = np.empty(stop - start, np.int32), 0
+        index = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self.offsets[index + 1]))
+            base = int(self.offsets[index])
+            out[filled:filled + end - start] = self.shards[index].read(start - base, end - base)
+            filled, start, index = filled + end - start, end, index + 1
+        return out
+
+    def check_entropy(self) -> float:
+        """Entropy of the token distribution in bits.
+
+        Raises GateError (GATE-CORPUS-ENTROPY) when one token is over half of the corpus or the entropy is below 1 bit: a
+        model would reach a splendid loss on it and have learnt nothing.
+        """
+        share = self.histogram[self.histogram > 0] / self.tokens
+        entropy = float(-(share * np.log2(share)).sum())
+        if not (share.max() <= 0.5 and entropy >= 1.0):
+            raise GateError("GATE-CORPUS-ENTROPY", "no token over 50 % and at least 1 bit per token",
+                            f"token {int(self.histogram.argmax())} is {share.max():.2%} of {self.tokens} tokens, {entropy:.3f} bits",
+                            "check that the tokenizer fits the text")
+        return entropy
+
+
+def memory_source(documents: Iterable[list[int]], vocab_size: int, eos_id: int) -> TokenSource:
+    """A corpus in memory; each document is ended by eos_id."""
+    flat = [np.append(np.asarray(d, np.int32), np.int32(eos_id)) for d in documents]
+    if not flat:
+        raise FormatError("dataset", "at least one document", "none", "give some text")
+    return TokenSource([MemoryShard(np.concatenate(flat))], ["dataset"], vocab_size, eos_id)
+
+
+def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD,
+                 progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Write a folder of shards, its manifest and tokenizer.json; returns the manifest.
+
+    `progress(documents, tokens)` is called after each document. Raises ConfigError when `out` exists, FormatError for no
+    documents, StorageError; in every failure `out` does not exist afterwards.
+    """
+    if out.exists():
+        raise ConfigError(str(out), "a folder that does not exist yet", "something there", "choose another --output")
+    eos, vocab = tokenizer.require_eos(), tokenizer.vocab_size
+    dtype = "u16" if vocab <= 2**16 else "u32"
+    shards: list[dict[str, Any]] = []
+    total, count = 0, 0
+    buffer: list[np.ndarray] = []
+    buffered = 0
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+
+    def flush(limit: int) -> None:
+        nonlocal buffer, buffered
+        while buffered >= max(limit, 1):
+            joined = np.concatenate(buffer)
+            data = joined[:tokens_per_shard].astype(DTYPES[dtype]).tobytes()
+            name = f"shard-{len(shards):04d}.bin"
+            write_durable(temporary / name, data)
+            shards.append({"file": name, "tokens": len(data) // DTYPES[dtype].itemsize, "sha256": hashlib.sha256(data).hexdigest()})
+            buffer = [joined[tokens_per_shard:]]
+            buffered = int(buffer[0].size)
+
+    try:
+        with os_errors(str(out)):
+            temporary.mkdir(parents=True)
+        for document in documents:
+            buffer.append(np.asarray([*document, eos], np.int64))
+            buffered, total, count = buffered + len(document) + 1, total + len(document) + 1, count + 1
+            flush(tokens_per_shard)
+            if progress:
+                progress(count, total)
+        if count == 0:
+            raise FormatError("input", "at least one document", "none", "give some text")
+        flush(1)
+        manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": total, "documents": count, "vocab_size": vocab,
+                    "eos_id": eos, "tokenizer_sha256": tokenizer.sha256, "shards": shards}
+        write_durable(temporary / "tokenizer.json", tokenizer.json.encode())
+        write_durable(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        with os_errors(str(out)):
+            fsync_dir(temporary)
+            os.rename(temporary, out)
+            fsync_dir(out.parent)
+        return manifest
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_shards(path: Path) -> bool:
+    """Whether `path` is a shard, or a folder of shards, rather than text."""
+    return path.suffix == ".bin" or (path.is_dir() and ((path / "manifest.json").is_file() or any(path.glob("*.bin"))))
+
+
+def open_shards(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> TokenSource:
+    """The corpus in a folder of shards or in one headerless .bin file, every token checked against vocab_size.
+
+    Raises NotFoundError, FormatError (also when the shards were made with another tokenizer), IntegrityError.
+    """
+    if not path.exists():
+        raise NotFoundError(str(path), "shards", "nothing there", "check the path")
+    if not (path.is_dir() and (path / "manifest.json").is_file()):
+        files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+        if not files:
+            raise NotFoundError(str(path), "manifest.json or *.bin files", "neither", "check the path")
+        shards = [FileShard(f, DTYPES["u32"]) for f in files]
+        return TokenSource(shards, [str(f) for f in files], vocab_size, tokenizer.eos_id if tokenizer else None)
+    where, manifest = str(path / "manifest.json"), read_manifest(path / "manifest.json")
+    if tokenizer is not None and tokenizer.sha256 != manifest["tokenizer_sha256"]:
+        raise FormatError(where, f"shards of this tokenizer ({tokenizer.sha256[:16]}…)", f"{manifest['tokenizer_sha256'][:16]}…",
+                          "give the tokenizer that made them, or tokenize again")
+    shards = [FileShard(path / s["file"], DTYPES[manifest["dtype"]]) for s in manifest["shards"]]
+    for shard, entry in zip(shards, manifest["shards"], strict=True):
+        if shard.tokens != entry["tokens"]:
+            raise FormatError(str(shard.path), f"{entry['tokens']} tokens", f"{shard.tokens}", "write the shards again")
+    return TokenSource(shards, [str(s.path) for s in shards], vocab_size, manifest["eos_id"], [s["sha256"] for s in manifest["shards"]])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checked manifest. Raises FormatError naming the key."""
+    values, where = read_json(path), str(path)
+    if not isinstance(values, dict) or values.get("format") != "apr-shards" or values.get("version") != 1:
+        raise FormatError(where, "format 'apr-shards' version 1", "something else", "tokenize again")
+    for key, kind in MANIFEST_KEYS.items():
+        if type(values.get(key)) is not kind:
+            raise FormatError(f"{where}: {key}", kind.__name__, repr(values.get(key))[:40], "tokenize again")
+    if values["dtype"] not in DTYPES:
+        raise FormatError(f"{where}: dtype", "u16 or u32", repr(values["dtype"])[:40], "tokenize again")
+    for entry in values["shards"]:
+        good = (isinstance(entry, dict) and type(entry.get("file")) is str and type(entry.get("tokens")) is int
+                and type(entry.get("sha256")) is str and Path(entry["file"]).name == entry["file"])
+        if not good:
+            raise FormatError(f"{where}: shards", "file (a bare name), tokens, sha256", repr(entry)[:80], "tokenize again")
+    if not values["shards"] or math.fsum(s["tokens"] for s in values["shards"]) != values["token_count"]:
+        raise FormatError(f"{where}: token_count", "the sum of the shards' tokens", str(values["token_count"]), "tokenize again")
+    return values

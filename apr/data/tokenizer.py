@@ -1,0 +1,126 @@
+"""Byte-level BPE by the `tokenizers` library: train, load, encode, decode, and the checks that upstream lacked.
+
+Upstream once read a vocabulary of another spelling, and 99.99 % of its corpus became <unk>, unnoticed. Here a tokenizer
+that cannot carry arbitrary text there and back is refused when it is loaded.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from apr.errors import FormatError, NotFoundError
+from apr.files import read_bytes
+from apr.strict import parse_json
+
+MAX_FILE = 64 * 2**20
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
+PROBE = "def f(x):\n\treturn 'naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
+
+
+class Tokenizer:
+    """A tokenizer and what is known of it.
+
+    `vocab_size` is one more than the largest id; `eos_id` ends a document (None if there is no such token); `sha256` is
+    of its JSON, which is how shards and checkpoints name it.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
+        self.inner = inner
+        inner.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; only we end documents
+        inner.no_truncation()
+        inner.no_padding()
+        self.json = inner.to_str()
+        self.sha256 = hashlib.sha256(self.json.encode()).hexdigest()
+        vocab = inner.get_vocab(with_added_tokens=True)
+        if not vocab:
+            raise FormatError(where, "a vocabulary", "an empty one", "give a trained tokenizer")
+        self.vocab_size = max(vocab.values()) + 1
+        self.eos_id = next((vocab[t] for t in END_OF_TEXT if t in vocab), None)
+        back = self.decode(self.encode(PROBE))
+        if back.strip() != PROBE.strip():
+            raise FormatError(where, "a tokenizer that gives any text back unchanged (byte-level BPE)", f"{PROBE[:20]!r}… came back as {back[:20]!r}…",
+                              "check that vocab.json is spelt as GPT-2's (byte-level), not in hexadecimal")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of exactly `vocab_size` entries (256 bytes and the end-of-text token included), if the text allows."""
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        return cls(inner, "trained tokenizer")
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """From a tokenizer.json, or a folder that has one, or else vocab.json and merges.txt (split as GPT-2 does).
+
+        Raises NotFoundError, FormatError.
+        """
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if file.is_file() or not path.is_dir():
+            return cls.from_json(read_bytes(file, MAX_FILE), str(file))
+        vocab, merges = path / "vocab.json", path / "merges.txt"
+        if not (vocab.is_file() and merges.is_file()):
+            raise NotFoundError(str(path), "tokenizer.json, or vocab.json and merges.txt", "neither", "check the path")
+        return cls(_gpt2(vocab, merges), str(vocab))
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> "Tokenizer":
+        """From the bytes of a tokenizer.json. Raises FormatError."""
+        try:
+            inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as e:  # the library raises bare Exception, and PanicException from Rust
+            raise FormatError(where, "a tokenizer.json", str(e)[:160], "give a file that the tokenizers library wrote") from None
+        return cls(inner, where)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """encode of each text, in parallel."""
+        return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.inner.decode(list(ids), skip_special_tokens=True)
+
+    def require_eos(self) -> int:
+        """The id that ends a document. Raises FormatError when the tokenizer has none."""
+        if self.eos_id is None:
+            raise FormatError("tokenizer", "an end-of-text token: " + ", ".join(END_OF_TEXT), "none of them", "add one to the tokenizer")
+        return self.eos_id
+
+
+def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    table = parse_json(read_bytes(vocab, MAX_FILE), str(vocab), MAX_FILE)
+    if not isinstance(table, dict) or not all(type(v) is int and 0 <= v < 2**31 for v in table.values()):
+        raise FormatError(str(vocab), "an object of token to id", type(table).__name__, "give GPT-2's vocab.json")
+    try:
+        lines = read_bytes(merges, MAX_FILE).decode("utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise FormatError(str(merges), "UTF-8", f"a bad byte at offset {e.start}", "give GPT-2's merges.txt") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#version"):
+            left, _, right = line.partition(" ")
+            if not left or not right or " " in right:
+                raise FormatError(f"{merges} line {number}", "two symbols", repr(line[:40]), "give GPT-2's merges.txt")
+            pairs.append((left, right))
+    try:
+        inner = tokenizers.Tokenizer(models.BPE(vocab=table, merges=pairs))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise FormatError(f"{vocab}, {merges.name}", "merges of symbols in the vocabulary", str(e)[:160], "give two files of one tokenizer") from None
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([t for t in END_OF_TEXT if t in table])
+    return inner

@@ -1,0 +1,65 @@
+"""What the tensor files have in common: an entry of their index, and the checks that keep a hostile index harmless."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from apr.dtypes import DType
+from apr.errors import FormatError
+from apr.files import os_errors
+
+MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a file: `start` is its first byte in the file, `nbytes` its length."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def checked_shape(where: str, shape: Any, dtype: DType, nbytes: int) -> tuple[int, ...]:
+    """The shape, if it is one and fills exactly `nbytes`; products are Python integers, which do not wrap."""
+    if not (isinstance(shape, (list, tuple)) and len(shape) <= MAX_DIMENSIONS and all(type(d) is int and d >= 0 for d in shape)):
+        raise FormatError(where, f"a shape of at most {MAX_DIMENSIONS} sizes, 0 or more", repr(shape)[:60], "write the file again")
+    if math.prod(shape) * dtype.size != nbytes:
+        raise FormatError(where, f"{math.prod(shape) * dtype.size} bytes for {dtype.name} {list(shape)}", f"{nbytes}", "write the file again")
+    return tuple(shape)
+
+
+def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, end: int, align: int) -> None:
+    """Demand that the tensors, each rounded up to `align`, cover [start, end) without gap, overlap or rest."""
+    position = start
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
+        if entry.start != position:
+            kind = "an overlap" if entry.start < position else "a gap"
+            raise FormatError(f"{where}: tensor '{entry.name}'", f"its data at offset {position}", f"{kind}: {entry.start}",
+                              "write the file again")
+        position = entry.start + -(-entry.nbytes // align) * align
+    if position != end:
+        raise FormatError(where, f"tensors that end with their section, at byte {end}", f"byte {position}",
+                          "the file is cut short or has something appended; get it again")
+
+
+def read_tensor(file: BinaryIO, path: Path, entry: TensorEntry) -> np.ndarray:
+    """A tensor of an open file in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
+    out = np.empty(entry.shape, entry.dtype.numpy)
+    with os_errors(str(path)):
+        file.seek(entry.start)
+        got = file.readinto(out.reshape(-1).view(np.uint8)) if entry.nbytes else 0  # type: ignore[attr-defined]
+    if got != entry.nbytes:
+        raise FormatError(f"{path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}", "the file was cut; get it again")
+    return out
+
+
+def raw_bytes(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array in row-major order, (nbytes,) uint8; a view where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
