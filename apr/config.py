@@ -16,6 +16,10 @@ from apr.errors import ConfigError, did_you_mean
 IGNORE = -100  # the target id that means "no target here"; Hugging Face's label for it
 VOCAB_MULTIPLE = 128  # logits are padded to this inside; 50257 unpadded costs 7x on the head
 
+# Hugging Face's model_type and class of the decoder families that apr computes.
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM"}
+
 # Upstream's (aprender's) names for fields that Hugging Face names otherwise.
 UPSTREAM_NAMES = {"num_kv_heads": "num_key_value_heads", "head_dim_override": "head_dim", "rms_norm_epsilon": "rms_norm_eps"}
 
@@ -75,6 +79,11 @@ class TransformerConfig:
         require("rope_theta", self.rope_theta, "finite and above 1", 1 < self.rope_theta < math.inf)
         require("architecture", self.architecture, "'decoder' (ARCH-007: encoder families cannot be trained as decoders)",
                 self.architecture == "decoder")
+        family = self.hf_model_type  # a file says which model it is by this alone, so the rest must agree with it
+        require("hf_model_type", family, "one of " + ", ".join(FAMILIES), family in FAMILIES)
+        require("hf_architecture", self.hf_architecture, f"'{FAMILIES[family]}'", self.hf_architecture == FAMILIES[family])
+        require("use_bias", self.use_bias, f"{family == 'qwen2'} for {family}", self.use_bias is (family == "qwen2"))
+        require("qk_norm", self.qk_norm, f"{family == 'qwen3'} for {family}", self.qk_norm is (family == "qwen3"))
 
     # The symbols of the glossary.
     V = property(lambda self: self.vocab_size)

@@ -7,11 +7,9 @@ the list of keys known not to matter.
 
 from typing import Any
 
-from apr.config import RopeScaling, TransformerConfig, decode
+from apr.config import FAMILIES, RopeScaling, TransformerConfig, decode
 from apr.errors import ConfigError, did_you_mean
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-            "qwen3": "Qwen3ForCausalLM"}
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta", "deberta-v2", "albert", "modernbert")
 
 SAME_NAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -5,9 +5,8 @@
 
 from dataclasses import replace
 
-from apr.config import RopeScaling, TransformerConfig
+from apr.config import FAMILIES, RopeScaling, TransformerConfig
 from apr.errors import ConfigError, did_you_mean
-from apr.hf_config import FAMILIES
 
 _LLAMA3_SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 

@@ -1,0 +1,161 @@
+"""Checkpoints that a crash cannot spoil: a folder made under a temporary name, fsynced, then renamed.
+
+    RUN_DIR/ckpt/step-00000100/   config.json model.safetensors tokenizer.json   (together a Hugging Face model folder)
+                                  optimizer.safetensors                          (m.<name>, v.<name>)
+                                  state.json                                     (step, loop, data cursor, log position)
+                                  manifest.json                                  (size and SHA-256 of each, written last)
+
+A folder without a manifest, or whose files differ from it, is not a checkpoint: it is passed over, and said so. Which one
+is newest is read off the names, never off clocks.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr.config import TransformerConfig
+from apr.errors import AprError, FormatError, IntegrityError, NotFoundError
+from apr.files import fsync_dir, os_errors, sha256_file, write_durable
+from apr.formats.model_file import check_coverage
+from apr.formats.safetensors import encode_header, open_safetensors
+from apr.formats.tensors import raw_bytes
+from apr.hf_config import from_hf, to_hf
+from apr.strict import read_json
+
+STEP = re.compile(r"step-(\d{8})$")
+MANIFEST, FORMAT = "manifest.json", "apr-checkpoint"
+KEEP = 2  # the newest, and one to fall back on
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the model, AdamW's m and v (`m.<name>`, `v.<name>`) and the state of the run."""
+
+    path: Path
+    config: TransformerConfig
+    params: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+    state: dict[str, Any]
+
+
+def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, params: Mapping[str, np.ndarray],
+                     optimizer: Mapping[str, np.ndarray], state: Mapping[str, Any], tokenizer_json: str | None) -> Path:
+    """Write ckpt_dir/step-N whole and durable, then drop all but the newest KEEP; returns its path.
+
+    Raises StorageError, and then the folder is as it was before.
+    """
+    final = ckpt_dir / f"step-{step:08d}"
+    temporary = ckpt_dir / f"{final.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        with os_errors(str(final)):
+            temporary.mkdir(parents=True)
+            write_durable(temporary / "config.json", json.dumps(to_hf(config), indent=1).encode())
+            if tokenizer_json is not None:
+                write_durable(temporary / "tokenizer.json", tokenizer_json.encode())
+            _write_arrays(temporary / "model.safetensors", params)
+            _write_arrays(temporary / "optimizer.safetensors", optimizer)
+            write_durable(temporary / "state.json", json.dumps(state, indent=1, allow_nan=False).encode())
+            files = {p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(temporary.iterdir())}
+            manifest = {"format": FORMAT, "version": 1, "step": step, "files": files}
+            write_durable(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            fsync_dir(temporary)
+            if final.exists():  # what is left of a damaged checkpoint of the same step
+                os.rename(final, ckpt_dir / f"{final.name}.tmp-replaced-{os.urandom(4).hex()}")
+            os.rename(temporary, final)
+            fsync_dir(ckpt_dir)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sweep(ckpt_dir)
+    for old in steps(ckpt_dir)[KEEP:]:
+        _remove(old)
+    return final
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with open(path, "wb") as f:
+        f.write(encode_header(arrays, {"format": "pt"}))
+        for array in arrays.values():
+            f.write(raw_bytes(array))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; its manifest goes first, so that a kill half-way leaves no half checkpoint behind."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(ckpt_dir: Path) -> None:
+    """Remove what killed writers left. Only the run that holds the run directory's lock may call this."""
+    for leftover in ckpt_dir.glob("step-*.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in ckpt_dir.glob(".*.tmp-*"):
+        leftover.unlink(missing_ok=True)
+
+
+def steps(ckpt_dir: Path) -> list[Path]:
+    """The folders named as checkpoints, newest first."""
+    return sorted((p for p in ckpt_dir.glob("step-*") if STEP.match(p.name)), reverse=True)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, every byte of it verified.
+
+    Raises NotFoundError, FormatError, IntegrityError naming the file, StorageError.
+    """
+    if not (path / MANIFEST).is_file():
+        raise NotFoundError(str(path / MANIFEST), "a checkpoint's manifest", "nothing there", "this folder is no complete checkpoint")
+    manifest, where = read_json(path / MANIFEST), str(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != 1:
+        raise FormatError(where, f"format '{FORMAT}' version 1", "another", "give a checkpoint that this version of apr wrote")
+    files = manifest.get("files")
+    needed = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
+    if not isinstance(files, dict) or not needed <= files.keys() or any("/" in name for name in files):
+        raise FormatError(where, "files " + ", ".join(sorted(needed)), "others", "use another checkpoint")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or not (path / name).is_file():
+            raise IntegrityError(str(path / name), "the file that the manifest lists", "nothing", "use another checkpoint")
+        size = (path / name).stat().st_size
+        if size != entry.get("size"):
+            raise IntegrityError(str(path / name), f"{entry.get('size')} bytes", f"{size}", "use another checkpoint")
+        if sha256_file(path / name) != entry.get("sha256"):
+            raise IntegrityError(str(path / name), f"SHA-256 {str(entry.get('sha256'))[:16]}…", "another", "use another checkpoint")
+    config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
+    params = check_coverage(config, _read_arrays(path / "model.safetensors"), str(path / "model.safetensors"))
+    optimizer = _read_arrays(path / "optimizer.safetensors")
+    expected = {f"{kind}.{name}": array.shape for kind in "mv" for name, array in params.items()}
+    if {name: array.shape for name, array in optimizer.items()} != expected:
+        raise FormatError(str(path / "optimizer.safetensors"), "m and v of every parameter", "others", "use another checkpoint")
+    state = read_json(path / "state.json")
+    if not isinstance(state, dict) or state.get("step") != manifest.get("step"):
+        raise FormatError(str(path / "state.json"), "the manifest's step", "another", "use another checkpoint")
+    return Checkpoint(path, config, params, optimizer, state)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    opened = open_safetensors(path)
+    try:
+        return opened.read_all()
+    finally:
+        opened.close()
+
+
+def latest(ckpt_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest checkpoint that is whole; `warn` is told of each that is not.
+
+    Raises NotFoundError when there is none.
+    """
+    for path in steps(ckpt_dir):
+        try:
+            return read_checkpoint(path)
+        except AprError as e:
+            warn(f"passed over {path.name}: {e}")
+    raise NotFoundError(str(ckpt_dir), "a complete checkpoint", "none", "start a new run")

@@ -1,0 +1,104 @@
+"""From what the user named to a tokenizer, a training stream and held-out batches."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from apr.data.batch import LMBatch
+from apr.data.shards import TokenSource, is_shards, memory_source, open_shards
+from apr.data.stream import TrainStream, heldout_batches, sequential_batches
+from apr.data.text import documents, standard_library
+from apr.data.tokenizer import Tokenizer
+from apr.errors import ConfigError, GateError
+from apr.train.run_config import RunConfig
+
+DEMO = "standard-library"  # the dataset name that stands for this Python's own source
+ENCODE_AT_ONCE = 256  # documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains on: `fingerprint` identifies tokens and their split, `entropy` is in bits per token."""
+
+    tokenizer: Tokenizer | None
+    stream: TrainStream
+    heldout: list[LMBatch]
+    fingerprint: str
+    entropy: float
+    train_tokens: int
+
+
+def open_corpus(config: RunConfig, tokenizer: Tokenizer | None, note: Callable[[str], None]) -> Corpus:
+    """Read, tokenize and check everything before the first step.
+
+    `tokenizer` is the run's own when resuming. Raises NotFoundError, FormatError, GateError (GATE-CORPUS-ENTROPY,
+    GATE-ARCH-370M-011), ConfigError when there is too little text.
+    """
+    assert config.dataset is not None
+    train, vocab, path = config.train, config.model.V, Path(config.dataset)
+    if tokenizer is None and config.tokenizer is not None:
+        tokenizer = Tokenizer.load(Path(config.tokenizer))
+    texts: list[str] | None = None
+    if config.dataset == DEMO or not is_shards(path):
+        texts = list(_texts(config.dataset, note))
+        if tokenizer is None:
+            note(f"training a byte-level BPE of {vocab} entries on {sum(map(len, texts)) / 1e6:.1f} M characters")
+            tokenizer = Tokenizer.train(texts, vocab)
+    elif tokenizer is None and (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(path)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config)
+    if texts is not None:
+        assert tokenizer is not None
+        source = memory_source(encoded(texts, tokenizer), vocab, tokenizer.require_eos())
+    else:
+        source = open_shards(path, tokenizer, vocab)
+    entropy = source.check_entropy()
+    if config.val_shard is not None:
+        val = open_shards(Path(config.val_shard), tokenizer, vocab)
+        if val.fingerprint == source.fingerprint:
+            raise ConfigError("--val-shard", "data that is not trained on", "the dataset itself", "give other shards")
+        heldout = sequential_batches(val, train.max_seq_len, train.batch_size, config.val_batches * train.batch_size)
+        first, fingerprint = 0, f"{source.fingerprint}+{val.fingerprint}"
+    else:
+        heldout, first = heldout_batches(source, train.max_seq_len, train.batch_size, config.val_batches)
+        fingerprint = f"{source.fingerprint}@{first}"
+    stream = TrainStream(source, train.max_seq_len, train.seed, first)
+    _say(config, source, stream, heldout, entropy, note)
+    return Corpus(tokenizer, stream, heldout, fingerprint, entropy, stream.tokens)
+
+
+def _texts(dataset: str, note: Callable[[str], None]) -> Iterator[str]:
+    skipped: Counter[str] = Counter()
+    yield from documents(standard_library() if dataset == DEMO else [Path(dataset)], "content", skipped)
+    if skipped and dataset != DEMO:
+        note("passed over: " + ", ".join(f"{n} {why}" for why, n in sorted(skipped.items())))
+
+
+def encoded(texts: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of each text, a few hundred at a time."""
+    for i in range(0, len(texts), ENCODE_AT_ONCE):
+        yield from tokenizer.encode_batch(texts[i:i + ENCODE_AT_ONCE])
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Demand that every id has a row in the model; equal sizes for the 370M preset without --init.
+
+    Raises GateError GATE-ARCH-370M-011 (upstream's id for both).
+    """
+    exact = config.init is None and config.model.V == 50257
+    if tokenizer.vocab_size > config.model.V or exact and tokenizer.vocab_size != config.model.V:
+        raise GateError("GATE-ARCH-370M-011", f"a tokenizer of {'exactly' if exact else 'at most'} {config.model.V} ids, the model's",
+                        f"{tokenizer.vocab_size}", "give the tokenizer of this model, or set --vocab-size")
+
+
+def _say(config: RunConfig, source: TokenSource, stream: TrainStream, heldout: list[LMBatch], entropy: float,
+         note: Callable[[str], None]) -> None:
+    train = config.train
+    passes = train.max_steps * train.batch_size * train.accumulation_steps / stream.rows_per_epoch
+    note(f"data: {stream.tokens} training tokens in {len(stream.starts)} documents, {sum(b.num_tokens for b in heldout)} held out, "
+         f"{entropy:.2f} bits per token; {train.max_steps} steps are {passes:.2f} passes")
+    if passes > 1 and not config.allow_shard_cycle:
+        steps = stream.rows_per_epoch // (train.batch_size * train.accumulation_steps)
+        note(f"the data ends after step {steps}; --allow-shard-cycle trains on it again")

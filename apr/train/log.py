@@ -1,0 +1,64 @@
+"""train.jsonl: one JSON object a line, each with an `event`; and the sinks that see the same events.
+
+    start       what is trained on what              step    step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
+    eval        step, epoch, val_loss                 checkpoint, guard, resume, note
+    end         status, detail, initial_val_loss, final_val_loss, …
+
+Losses are nats per token. A resumed run cuts the file back to where its checkpoint stood, so no step is listed twice.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from apr.errors import FormatError
+from apr.files import os_errors
+
+Event = dict[str, Any]
+Sink = Callable[[Event], None]
+NAME = "train.jsonl"
+
+
+def to_line(event: Event) -> str:
+    """An event as one line of JSON; NaN and infinities, which JSON cannot say, become the texts "nan", "inf", "-inf"."""
+    plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+    return json.dumps(plain, allow_nan=False)
+
+
+class RunLog:
+    """The log file of a run; calling it with an event writes a line and hands the event to the other sinks."""
+
+    def __init__(self, run_dir: Path, sinks: list[Sink], keep_bytes: int | None = None) -> None:
+        self.path, self.sinks = run_dir / NAME, sinks
+        with os_errors(str(self.path)):
+            self.file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
+            if keep_bytes is not None:
+                if self.size() < keep_bytes:
+                    raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{self.size()}", "restore the log, or start a new run")
+                self.file.truncate(keep_bytes)
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self.file.fileno()).st_size
+
+    def __call__(self, event: Event) -> None:
+        """Write the event. Raises StorageError."""
+        with os_errors(str(self.path)):
+            self.file.write(to_line(event).encode() + b"\n")
+            self.file.flush()
+        for sink in self.sinks:
+            sink(event)
+
+    def sync(self) -> int:
+        """Make the file durable; returns its size."""
+        with os_errors(str(self.path)):
+            os.fsync(self.file.fileno())
+        return self.size()
+
+    def close(self) -> None:
+        """Close the file."""
+        with os_errors(str(self.path)):
+            self.file.close()

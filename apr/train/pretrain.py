@@ -1,0 +1,224 @@
+"""PretrainLoop: epochs of steps, validation, guards, early stopping, checkpoints. Policy only; the work is done by what it
+is given, so that the same loop drives the NumPy trainer, the GPU trainer and the synthetic stand-ins.
+
+An epoch is `steps_per_epoch` steps, not a pass over the data. After each: validation, guards, then the checkpoint, so that
+no model that failed a guard is ever saved.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from apr.config import TransformerTrainConfig
+from apr.errors import GateError, Stopped
+from apr.train.guards import WINDOW, Verdict, judge_initial, judge_step, judge_val
+from apr.train.log import Event, Sink
+from apr.train.schedule import lr_at
+from apr.train.trainer import StepStats
+
+RECENT = 10  # training losses that validation is held against
+
+
+class StepFn(Protocol):
+    """Makes one optimizer step."""
+
+    def step(self, step: int, lr: float) -> StepStats | None:
+        """Train on the batch of `step` with `lr`; None when the data is exhausted (INV-TRAIN-011)."""
+
+
+class ValFn(Protocol):
+    """Measures validation loss."""
+
+    def validate(self, epoch: int) -> float:
+        """Mean loss in nats per token on the held-out data; epoch -1 is before the first step."""
+
+
+@dataclass(frozen=True)
+class EpochArtifact:
+    """What is known of a finished epoch; the fields of upstream's epoch-NNN.metadata.json."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    train_ppl: float
+    val_ppl: float
+    optimizer_state_sha: str | None
+    wall_seconds: float
+    tokens_seen: int
+    grad_norm_max: float
+
+
+class CheckpointFn(Protocol):
+    """Keeps the model and the state of the run."""
+
+    def save(self, artifact: EpochArtifact | None, state: "LoopState") -> None:
+        """Save a resumable checkpoint, and the epoch's artifact if one is finished."""
+
+    def optimizer_state_sha256(self) -> str | None:
+        """The hash of the real optimizer state, None where there is none (synthetic)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Policy of a run. Defaults are upstream's."""
+
+    steps_per_epoch: int = 100
+    target_val_loss: float = 3.0
+    patience: int = 5
+    min_epochs: int = 3
+
+
+@dataclass
+class LoopState:
+    """Where a run stands: all that resuming needs besides weights and optimizer. `step` counts finished steps."""
+
+    step: int = 0
+    epoch: int = 0
+    tokens_seen: int = 0
+    initial_val_loss: float | None = None
+    val_losses: list[float] = field(default_factory=list)
+    worse_epochs: int = 0
+    losses: list[float] = field(default_factory=list)  # the last WINDOW
+    epoch_loss_sum: float = 0.0
+    epoch_tokens: int = 0
+    epoch_grad_norm_max: float = 0.0
+    epoch_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+def checkpoint_event(step: int, artifact: dict[str, Any] | None) -> Event:
+    """The event that follows a saved checkpoint; resuming repeats it, since the log is cut back to before it."""
+    return {"event": "checkpoint", "step": step, **(artifact or {})}
+
+
+class PretrainLoop:
+    """Runs a training to its end; `emit` takes every event, `stop_requested` is asked after each step."""
+
+    def __init__(self, config: LoopConfig, train: TransformerTrainConfig, vocab_size: int, fresh: bool, step_fn: StepFn, val_fn: ValFn,
+                 checkpoint_fn: CheckpointFn, emit: Sink, stop_requested: Callable[[], str | None], state: LoopState | None = None) -> None:
+        self.config, self.train, self.vocab_size, self.fresh = config, train, vocab_size, fresh
+        self.step_fn, self.val_fn, self.checkpoint_fn = step_fn, val_fn, checkpoint_fn
+        self.emit, self.stop_requested = emit, stop_requested
+        self.state = state or LoopState()
+
+    def run(self) -> dict[str, Any]:
+        """Run to the end; returns the `end` event.
+
+        Raises GateError when a guard trips (after an `end` event ABORTED) and Stopped on request (STOPPED, checkpoint
+        written).
+        """
+        s = self.state
+        try:
+            if s.initial_val_loss is None:
+                s.initial_val_loss = self._validate(-1)
+                self._require(judge_initial(s.initial_val_loss, self.vocab_size, self.fresh))
+            ended = self._decision(exhausted=False)  # a finished run that is resumed is finished
+            while ended is None:
+                ended = self._epoch()
+            return self._end(*ended)
+        except GateError as e:
+            self._end("ABORTED", str(e))
+            raise
+        except Stopped as e:
+            self._end("STOPPED", str(e))
+            raise
+
+    def _epoch(self) -> tuple[str, str] | None:
+        """One epoch, or what is left of it; the run's end as (status, detail), or None to go on."""
+        s, exhausted = self.state, False
+        last = min((s.epoch + 1) * self.config.steps_per_epoch, self.train.max_steps)
+        while s.step < last and not exhausted:
+            exhausted = not self._step()
+            if s.step < last:
+                self._stop_if_asked(save=not exhausted)
+        if s.epoch_tokens:
+            self._finish_epoch()
+        ended = self._decision(exhausted)
+        if ended is None:
+            self._stop_if_asked(save=False)
+        return ended
+
+    def _stop_if_asked(self, save: bool) -> None:
+        name = self.stop_requested()
+        if name is not None:
+            if save:
+                self._save(None)
+            raise Stopped(f"step {self.state.step}", "the run to go on", name, "continue with --resume")
+
+    def _step(self) -> bool:
+        """One step and its guards; False when the data is exhausted."""
+        s, start = self.state, time.perf_counter()
+        stats = self.step_fn.step(s.step, lr_at(self.train, s.step))
+        if stats is None:
+            return False
+        seconds = time.perf_counter() - start
+        rate, wall_ms = stats.tokens / seconds, seconds * 1000
+        verdict = judge_step(stats.loss, stats.grad_norm, stats.lr, rate, wall_ms, s.losses)
+        if verdict.tripped:
+            self._require(verdict)
+        s.tokens_seen += stats.tokens
+        self.emit({"event": "step", "step": s.step, "train_loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr,
+                   "tokens_per_sec": round(rate, 1), "wall_ms": round(wall_ms, 3), "tokens_seen": s.tokens_seen})
+        s.step += 1
+        s.losses = [*s.losses[1 - WINDOW:], stats.loss]
+        s.epoch_loss_sum += stats.loss * stats.tokens
+        s.epoch_tokens += stats.tokens
+        s.epoch_grad_norm_max = max(s.epoch_grad_norm_max, stats.grad_norm)
+        s.epoch_seconds += seconds
+        s.wall_seconds += seconds
+        return True
+
+    def _finish_epoch(self) -> None:
+        s = self.state
+        val_loss, previous = self._validate(s.epoch), s.val_losses[-1] if s.val_losses else s.initial_val_loss
+        recent = sum(s.losses[-RECENT:]) / RECENT if len(s.losses) >= RECENT else None
+        self._require(judge_val(val_loss, previous, self.vocab_size, recent))
+        s.worse_epochs = 0 if val_loss < min(s.val_losses, default=math.inf) else s.worse_epochs + 1
+        s.val_losses.append(val_loss)
+        train_loss = s.epoch_loss_sum / s.epoch_tokens
+        artifact = EpochArtifact(s.epoch, train_loss, val_loss, math.exp(train_loss), math.exp(val_loss),
+                                 self.checkpoint_fn.optimizer_state_sha256(), s.epoch_seconds, s.tokens_seen, s.epoch_grad_norm_max)
+        s.epoch += 1
+        s.epoch_loss_sum, s.epoch_tokens, s.epoch_grad_norm_max, s.epoch_seconds = 0.0, 0, 0.0, 0.0
+        self._save(artifact)
+
+    def _decision(self, exhausted: bool) -> tuple[str, str] | None:
+        """Whether the run is over, from its state alone: (status, detail), or None."""
+        s = self.state
+        if s.val_losses and s.epoch_tokens == 0 and s.epoch >= self.config.min_epochs:
+            if s.val_losses[-1] <= self.config.target_val_loss:
+                return "OK", f"converged: val_loss {s.val_losses[-1]:.4f} <= target {self.config.target_val_loss:g}"
+            if s.worse_epochs > self.config.patience:
+                return "EARLY_STOP", f"val_loss has not improved for {s.worse_epochs} epochs"
+        if s.step >= self.train.max_steps and s.epoch_tokens == 0:
+            return "OK", f"all {s.step} steps done"
+        if exhausted:
+            return "EXHAUSTED", f"no data left after step {s.step}; allow another pass with --allow-shard-cycle"
+        return None
+
+    def _validate(self, epoch: int) -> float:
+        start = time.perf_counter()
+        val_loss = self.val_fn.validate(epoch)
+        self.state.wall_seconds += time.perf_counter() - start
+        self.emit({"event": "eval", "step": self.state.step, "epoch": epoch, "val_loss": val_loss})
+        return val_loss
+
+    def _save(self, artifact: EpochArtifact | None) -> None:
+        self.checkpoint_fn.save(artifact, self.state)
+        self.emit(checkpoint_event(self.state.step, asdict(artifact) if artifact else None))
+
+    def _require(self, verdict: Verdict) -> None:
+        if verdict.tripped:
+            self.emit({"event": "guard", "step": self.state.step, "gate": verdict.gate, "expected": verdict.expected, "found": verdict.found})
+            raise GateError(f"{verdict.gate} at step {self.state.step}", verdict.expected, verdict.found,
+                            "the run ended here; the last checkpoint is from before this step")
+
+    def _end(self, status: str, detail: str) -> dict[str, Any]:
+        s = self.state
+        event = {"event": "end", "status": status, "detail": detail, "initial_val_loss": s.initial_val_loss,
+                 "final_val_loss": s.val_losses[-1] if s.val_losses else None, "epochs_completed": s.epoch, "steps_recorded": s.step,
+                 "val_loss_history": s.val_losses, "tokens_seen": s.tokens_seen, "wall_seconds": round(s.wall_seconds, 3)}
+        self.emit(event)
+        return event

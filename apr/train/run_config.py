@@ -1,0 +1,94 @@
+"""Everything that a run is defined by, in one record: it is saved beside the run, and resuming starts from it.
+
+Where a value comes from: a flag, else the --config file, else the mode's row, else the default written here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from apr.config import TransformerConfig, TransformerTrainConfig, require
+from apr.errors import ConfigError
+from apr.params import parameter_count
+from apr.train.pretrain import LoopConfig
+
+# Upstream's two rows of hyper-parameters (INV-TRAIN-009): a row is taken whole, then flags override.
+MODES = {
+    "finetune": {"lr": 5e-5, "warmup_steps": 100, "target_val_loss": 2.2},
+    "from-scratch": {"lr": 3e-4, "warmup_steps": 1000, "target_val_loss": 3.0},
+}
+TOKENS_PER_PARAMETER = 10  # below this a run is refused (CHINCHILLA-001) unless forced
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run: the model, how it is trained, the loop's policy, and where data come from (paths as text, None for none)."""
+
+    model: TransformerConfig
+    train: TransformerTrainConfig
+    loop: LoopConfig
+    mode: str
+    dataset: str | None
+    tokenizer: str | None
+    val_shard: str | None
+    val_batches: int
+    allow_shard_cycle: bool
+    synthetic: bool
+    init: str | None
+
+    def __post_init__(self) -> None:
+        require("mode", self.mode, "one of " + ", ".join(MODES), self.mode in MODES)
+        require("val_batches", self.val_batches, "at least 1", self.val_batches >= 1)
+        for name in ("steps_per_epoch", "min_epochs"):
+            require(name, getattr(self.loop, name), "at least 1", getattr(self.loop, name) >= 1)
+        require("target_val_loss", self.loop.target_val_loss, "positive and finite", 0 < self.loop.target_val_loss < float("inf"))
+        require("patience", self.loop.patience, "0 or more", self.loop.patience >= 0)
+        if not self.synthetic and self.dataset is None:
+            raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them", "say what to train on")
+
+    def encode(self) -> dict[str, Any]:
+        """Plain data for run.json."""
+        return asdict(self)
+
+    @classmethod
+    def decode(cls, values: Any, where: str) -> "RunConfig":
+        """From run.json. Raises ConfigError."""
+        try:
+            return msgspec.convert(values, cls, strict=True)
+        except msgspec.ValidationError as e:
+            raise ConfigError(where, "the configuration of a run", str(e), "start a new run") from None
+
+
+def check_resumed(saved: RunConfig, asked: RunConfig, where: str) -> None:
+    """Demand that flags given with --resume change nothing. Raises ConfigError listing each difference."""
+    before, after = _flat(saved.encode()), _flat(asked.encode())
+    different = [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    if different:
+        raise ConfigError(where, "the configuration that the run began with", "; ".join(different), "drop these flags, or start a new run")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return out
+
+
+def check_provisioned(model: TransformerConfig, train: TransformerTrainConfig, forced: bool) -> str | None:
+    """Upstream's Chinchilla gate for a run with --init: tokens per parameter, N counted as upstream counts.
+
+    Returns a warning between 10 and 20 tokens per parameter. Raises ConfigError (CHINCHILLA-001) below 10 unless forced.
+    """
+    n = model.V * model.C + model.L * (4 * model.C**2 + 3 * model.C * model.F) + model.C
+    tokens = train.max_steps * train.tokens_per_step
+    if tokens < TOKENS_PER_PARAMETER * n and not forced:
+        raise ConfigError("CHINCHILLA-001", f"at least {TOKENS_PER_PARAMETER} tokens per parameter ({TOKENS_PER_PARAMETER * n})", f"{tokens}",
+                          "train longer, or add --force-under-provisioned")
+    return f"{tokens / n:.1f} tokens per parameter; 20 are advised" if tokens < 2 * TOKENS_PER_PARAMETER * n else None
+
+
+def check_370m(model: TransformerConfig) -> None:
+    """INV-ARCH-370M-001: the preset's size, the head counted apart. Raises ConfigError when the preset was broken."""
+    count = parameter_count(model, untied=True)
+    require("INV-ARCH-370M-001 parameter count", count, "366 to 374 million", 366e6 <= count <= 374e6)
