@@ -5,6 +5,7 @@ must turn red under it: a tolerance that no mutant breaks proves nothing.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ MAX_SOURCE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Argument:
-    """An array or scalar of an op: axes (products such as G*T allowed), storage type, what the op does to it."""
+    """An array or scalar of an op: axes (also G*T, HS/2), storage type, what the op does to it."""
 
     shape: tuple[str, ...]
     dtype: Literal["floatX", "f32", "i32", "config"]  # floatX: the storage type; config: a value that no kernel sees
@@ -98,8 +99,8 @@ class Contract:
         if len(set(names)) != len(names):
             raise ValueError(f"argument '{max(names, key=names.count)}' twice")
         for name, argument in (self.inputs | self.outputs | self.backward).items():
-            for symbol in "*".join(argument.shape).split("*") if argument.shape else ():
-                if symbol not in self.axes:
+            for symbol in re.split(r"[*/]", "*".join(argument.shape)) if argument.shape else ():
+                if symbol not in self.axes and not symbol.isdigit():
                     raise ValueError(f"axis '{symbol}' of {name} is not declared; {did_you_mean(symbol, self.axes)}")
 
 

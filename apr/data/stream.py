@@ -1,8 +1,9 @@
 """The order in which a corpus is trained on: shuffled documents, cut into rows; any batch is a pure function of its step.
 
-In epoch e the training documents are laid end to end in an order drawn from (seed, e), and row r is tokens
-[r*T, r*T + T] of that line: rows overlap by one token, so each token is predicted once. The held-out rows come from the
-head of the corpus, in its own order, and training starts at the token after them.
+In epoch e the training documents are laid end to end in an order drawn from (seed, e), the line is cut into rows of tokens
+[r*T, r*T + T] (they overlap by one, so each token is predicted once), and the rows are taken in a second order drawn from
+(seed, e): without it a batch would be a piece of one long document. The held-out rows come from the head of the corpus,
+in its own order, and training starts at the token after them.
 """
 
 import numpy as np
@@ -32,19 +33,21 @@ class TrainStream:
             raise ConfigError("dataset", f"at least {seq_length + 1} tokens to train on", f"{self.tokens}",
                               "give more text or a smaller --seq-length")
         self._epoch = -1
-        self._order = self._ends = np.empty(0, np.int64)
+        self._order = self._ends = self._rows = np.empty(0, np.int64)
 
     def _lay_out(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._order = permutation(len(self.starts), self.seed, "documents", epoch)
             self._ends = np.cumsum(self.lengths[self._order])
+            self._rows = permutation(self.rows_per_epoch, self.seed, "rows", epoch)
             self._epoch = epoch
 
     def row(self, index: int) -> np.ndarray:
         """Row `index`, counted through all epochs: (T+1,) int32."""
         epoch, within = divmod(index, self.rows_per_epoch)
         self._lay_out(epoch)
-        position, stop = within * self.seq_length, within * self.seq_length + self.seq_length + 1
+        position = int(self._rows[within]) * self.seq_length
+        stop = position + self.seq_length + 1
         out, place = np.empty(stop - position, np.int32), int(np.searchsorted(self._ends, position, side="right"))
         filled = 0
         while position < stop:

@@ -14,14 +14,16 @@ from apr.files import open_regular, os_errors, read_bytes
 from apr.strict import parse_json
 
 MAX_DOCUMENT = 64 * 2**20  # bytes; a longer "text" is a mistake, and would be one training document
-SOURCES_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "turtledemo", "ensurepip"}
+SOURCES_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "turtledemo", "ensurepip",
+                   "encodings", "pydoc_data"}  # tests, other packages, and tables that are no prose
 
 
-def standard_library() -> list[Path]:
-    """The .py files of this Python's standard library without tests and bundled packages: text that every machine has."""
+def standard_library(skipped: Counter[str]) -> Iterator[str]:
+    """The sources of this Python's standard library, without tests, tables and bundled packages: text that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = [p for p in root.rglob("*.py") if not SOURCES_SKIPPED & set(p.relative_to(root).parts[:-1])]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
+        yield from _folder_member(path, "", skipped)
 
 
 def documents(paths: list[Path], content_field: str, skipped: Counter[str]) -> Iterator[str]:

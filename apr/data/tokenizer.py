@@ -5,7 +5,8 @@ that cannot carry arbitrary text there and back is refused when it is loaded.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import tokenizers
@@ -17,6 +18,7 @@ from apr.strict import parse_json
 
 MAX_FILE = 64 * 2**20
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
+ENCODE_AT_ONCE = 256  # documents
 PROBE = "def f(x):\n\treturn 'naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
 
 
@@ -87,6 +89,12 @@ class Tokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of each text, in parallel."""
         return [e.ids for e in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """encode of each text of a stream, ENCODE_AT_ONCE at a time."""
+        stream = iter(texts)
+        while part := list(islice(stream, ENCODE_AT_ONCE)):
+            yield from self.encode_batch(part)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

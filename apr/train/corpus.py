@@ -14,7 +14,6 @@ from apr.errors import ConfigError, GateError
 from apr.train.run_config import RunConfig
 
 DEMO = "standard-library"  # the dataset name that stands for this Python's own source
-ENCODE_AT_ONCE = 256  # documents
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def open_corpus(config: RunConfig, tokenizer: Tokenizer | None, note: Callable[[
         check_vocabulary(tokenizer, config)
     if texts is not None:
         assert tokenizer is not None
-        source = memory_source(encoded(texts, tokenizer), vocab, tokenizer.require_eos())
+        source = memory_source(tokenizer.encode_stream(texts), vocab, tokenizer.require_eos())
     else:
         source = open_shards(path, tokenizer, vocab)
     entropy = source.check_entropy()
@@ -71,15 +70,9 @@ def open_corpus(config: RunConfig, tokenizer: Tokenizer | None, note: Callable[[
 
 def _texts(dataset: str, note: Callable[[str], None]) -> Iterator[str]:
     skipped: Counter[str] = Counter()
-    yield from documents(standard_library() if dataset == DEMO else [Path(dataset)], "content", skipped)
+    yield from standard_library(skipped) if dataset == DEMO else documents([Path(dataset)], "content", skipped)
     if skipped and dataset != DEMO:
         note("passed over: " + ", ".join(f"{n} {why}" for why, n in sorted(skipped.items())))
-
-
-def encoded(texts: list[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of each text, a few hundred at a time."""
-    for i in range(0, len(texts), ENCODE_AT_ONCE):
-        yield from tokenizer.encode_batch(texts[i:i + ENCODE_AT_ONCE])
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:

@@ -114,6 +114,7 @@ class PretrainLoop:
             if s.initial_val_loss is None:
                 s.initial_val_loss = self._validate(-1)
                 self._require(judge_initial(s.initial_val_loss, self.vocab_size, self.fresh))
+                self._save(None)  # a full disk or a wrong permission shows now, not after an epoch
             ended = self._decision(exhausted=False)  # a finished run that is resumed is finished
             while ended is None:
                 ended = self._epoch()

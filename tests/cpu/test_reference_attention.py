@@ -6,8 +6,8 @@ from compare import assert_close, finite_difference_error
 
 from apr.reference.attention import attention_backward, attention_forward
 
-FINITE_DIFFERENCE = 1e-7
-FLOAT32 = 2e-6
+FINITE_DIFFERENCE = 1e-7  # the project's gate; measured worst 8e-10
+FLOAT32 = 2e-6  # relative L2 of float32: two products around a softmax; measured worst 4e-7
 EXACT = 1e-12  # float64, the same mathematics in another order
 SHAPES = [(1, 1, 1, 1, 2), (2, 5, 2, 2, 4), (2, 7, 4, 2, 6), (1, 17, 6, 2, 8), (3, 4, 3, 1, 4)]  # B, T, NH, NKV, HS
 
@@ -125,5 +125,6 @@ def test_attention_treats_sequences_alone(rng):
     moved, moved_prob = attention_forward(q[order], k[order], v[order], scale)
     assert_close(moved, out[order], EXACT, "out")
     gradients = attention_backward(dout, q, k, v, prob, scale)
-    for ours, truth in zip(attention_backward(dout[order], q[order], k[order], v[order], moved_prob, scale), gradients, strict=True):
+    moved = attention_backward(dout[order], q[order], k[order], v[order], moved_prob, scale)
+    for ours, truth in zip(moved, gradients, strict=True):
         assert_close(ours, truth[order], EXACT, "a gradient")

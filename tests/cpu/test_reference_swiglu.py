@@ -8,8 +8,8 @@ from compare import assert_close, finite_difference_error
 
 from apr.reference.swiglu import sigmoid, silu, swiglu_backward, swiglu_forward
 
-FINITE_DIFFERENCE = 1e-7
-FLOAT32 = 1e-6
+FINITE_DIFFERENCE = 1e-7  # the project's gate; measured worst 1e-9
+FLOAT32 = 1e-6  # relative L2 of float32: elementwise; 1 - sigmoid cancels at large gates; measured worst 2e-7
 EXACT = 1e-14  # float64, the same mathematics in another order
 SHAPES = [(1, 1), (2, 3, 5), (3, 17, 33)]
 
@@ -23,9 +23,10 @@ def some(rng, shape, size):
 @pytest.mark.parametrize("size", [1.0, 10.0])
 def test_swiglu_backward_matches_finite_differences(rng, shape, size):
     gate, up, dout = some(rng, shape, size)
+    def loss():
+        return float((swiglu_forward(gate, up) * dout).sum())
     for array, gradient in zip((gate, up), swiglu_backward(dout, gate, up), strict=True):
-        error = finite_difference_error(lambda: float((swiglu_forward(gate, up) * dout).sum()), array, gradient, rng, h=1e-5)
-        assert error <= FINITE_DIFFERENCE
+        assert finite_difference_error(loss, array, gradient, rng, h=1e-5) <= FINITE_DIFFERENCE
 
 
 @pytest.mark.parametrize("size", [1.0, 10.0, 100.0])

@@ -1,0 +1,78 @@
+"""`apr COMMAND …`: dispatch, and the one place where errors become a line and an exit code.
+
+Results go to stdout, progress and messages to stderr. Commands are imported when they are called, so that `apr --help`
+is quick and a command's optional packages are its own.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from apr import __version__
+from apr.errors import AprError, ConfigError, OutOfMemoryError, one_line
+from apr.files import os_error
+from apr.paths import environment
+
+COMMANDS = {
+    "pretrain": "train a model on text or token shards",
+    "tokenize": "turn text, source trees, JSONL or Parquet into token shards",
+    "inspect": "show what a model file, checkpoint, run, tokenizer or shard folder holds, and verify it",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with apr's kind of error: one line, exit code 2."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError("command line", "valid arguments", message, f"see '{self.prog} --help'")
+
+
+def build(command: str) -> Parser:
+    """The parser of one command, its module loaded."""
+    parser = Parser(prog=f"apr {command}", description=COMMANDS[command], allow_abbrev=False)
+    importlib.import_module(f"apr.cli.{command}").add_arguments(parser)
+    return parser
+
+
+def _overview() -> Parser:
+    parser = Parser(prog="apr", description="Decoder language models, trained, checked and run without PyTorch.", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
+                    + "\n\n'apr COMMAND --help' shows a command's flags. Exit codes: apr/errors.py.")
+    parser.add_argument("--version", action="version", version=f"apr {__version__}")
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_trace = False
+    try:
+        show_trace = environment().get("APR_TRACEBACK") == "1"
+        command = _overview().parse_args(arguments[:1]).command
+        args = build(command).parse_args(arguments[1:])
+        return int(importlib.import_module(f"apr.cli.{command}").run(args) or 0)
+    except AprError as e:
+        return _fail(e)
+    except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, to anyone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 7
+    except OSError as e:
+        return _fail(os_error(str(e.filename or "input/output"), e))
+    except MemoryError as e:
+        return _fail(OutOfMemoryError("memory", "enough for this model and batch", one_line(str(e)) or "none left", "lower --batch-size or --seq-length"))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as e:
+        if show_trace:
+            traceback.print_exc()
+        return _fail(AprError("internal error", "no such thing", f"{type(e).__name__}: {e}", "this is a defect of apr; APR_TRACEBACK=1 shows where"))
+
+
+def _fail(error: AprError) -> int:
+    print(f"apr: {error}", file=sys.stderr)
+    return error.exit_code

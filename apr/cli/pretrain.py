@@ -1,0 +1,179 @@
+"""`apr pretrain`: flags, a --config file and presets become a RunConfig; then one call."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from apr.cli.device import choose_device
+from apr.cli.progress import Display, print_json
+from apr.cli.showcase import print_curve, print_sample
+from apr.config import TransformerConfig, TransformerTrainConfig, decode
+from apr.errors import ConfigError, did_you_mean
+from apr.formats.apr_file import open_apr
+from apr.formats.model_file import config_from_metadata
+from apr.presets import PRESETS, preset
+from apr.strict import read_yaml
+from apr.train.corpus import DEMO
+from apr.train.pretrain import LoopConfig
+from apr.train.run import pretrain, read_run, resume
+from apr.train.run_config import MODES, RunConfig, check_370m, check_provisioned, check_resumed
+
+# flag: (section of RunConfig, field); the section "" is RunConfig itself.
+FIELDS = {
+    "dataset": ("", "dataset"), "tokenizer": ("", "tokenizer"), "mode": ("", "mode"), "val_shard": ("", "val_shard"), "init": ("", "init"),
+    "synthetic": ("", "synthetic"), "allow_shard_cycle": ("", "allow_shard_cycle"),
+    "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"), "batch_size": ("train", "batch_size"),
+    "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"), "precision": ("train", "precision"),
+    "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"), "target_val_loss": ("loop", "target_val_loss"),
+}
+UPSTREAM_TRAIN = {"batch_size": 16, "max_seq_len": 1024, "max_steps": 1000, "weight_decay": 0.01, "max_grad_norm": 1.0}
+DEMO_RUN = {"preset": "demo", "dataset": DEMO, "allow_shard_cycle": True,
+            "train": {"lr": 3e-3, "warmup_steps": 20, "max_steps": 200, "batch_size": 8, "max_seq_len": 256, "weight_decay": 0.1, "beta2": 0.95},
+            "loop": {"steps_per_epoch": 50, "target_val_loss": 0.5}, "val_batches": 8}
+CONFIG_KEYS = {"preset", "model", "train", "loop", "mode", "dataset", "tokenizer", "val_shard", "val_batches", "allow_shard_cycle", "synthetic", "init"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; names and defaults are upstream's where upstream has them."""
+    def help_of(name: str) -> str:
+        return str(TransformerTrainConfig.__dataclass_fields__[name].metadata["help"])
+
+    add = parser.add_argument
+    add("--dataset", metavar="PATH", help="token shards, or a file or folder of text, JSONL or Parquet")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json or its folder, or one with vocab.json and merges.txt; without it one is trained on the text")
+    add("--run-dir", metavar="DIR", type=Path, required=True, help="where the run is kept; new, or with --resume an old one")
+    add("--resume", action="store_true", help="go on with the run in --run-dir, from its newest checkpoint")
+    add("--demo", action="store_true", help="train a small model on Python's standard library, about a minute")
+    add("--preset", metavar="NAME", help="model shape: " + ", ".join(PRESETS) + " (default llama_370m)")
+    add("--config", metavar="FILE", type=Path, help="YAML with any of: " + ", ".join(sorted(CONFIG_KEYS)))
+    add("--mode", choices=list(MODES), help="row of lr, warm-up and target; default from-scratch, with --init finetune")
+    add("--lr", type=float, help=help_of("lr") + " (default: the mode's)")
+    add("--num-steps", type=int, help=help_of("max_steps") + " (1000)")
+    add("--warmup-steps", type=int, help=help_of("warmup_steps") + " (default: the mode's)")
+    add("--batch-size", type=int, help=help_of("batch_size") + " (16)")
+    add("--seq-length", type=int, help=help_of("max_seq_len") + " (1024)")
+    add("--grad-accum", type=int, help=help_of("accumulation_steps") + " (1)")
+    add("--steps-per-epoch", type=int, help="steps between validations and checkpoints (100)")
+    add("--seed", type=int, help=help_of("seed") + " (42)")
+    add("--target-val-loss", type=float, help="stop at this validation loss, nats per token (default: the mode's)")
+    add("--vocab-size", type=int, help="the model's vocabulary (default: the preset's)")
+    add("--precision", choices=("fp32", "bf16"), help=help_of("precision"))
+    add("--device", metavar="cpu|cuda[:N]|auto", help="default auto")
+    add("--init", metavar="FILE", help="start from the weights of an .apr file, with a fresh optimizer")
+    add("--force-under-provisioned", action="store_true", help="with --init: train although there are under 10 tokens per parameter")
+    add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
+    add("--allow-shard-cycle", action="store_true", default=None, help="train on the data again when they end; otherwise the run ends")
+    add("--synthetic", action="store_true", default=None, help="exercise the loop with made-up losses: no model, no data, no checkpoint")
+    add("--json", action="store_true", help="print every event as a line of JSON on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or resume. Returns 0 when the run came to its end, early or not."""
+    device = choose_device(args.device)
+    with Display(sys.stderr) as display:
+        sinks: list[Callable[[dict[str, Any]], None]] = [display]
+        if args.json:
+            sinks.append(print_json)
+        if args.resume:
+            saved = read_run(args.run_dir)
+            check_resumed(saved, _merge(saved.encode(), {}, args, saved.model), str(args.run_dir))
+            config = saved
+            end = resume(saved, args.run_dir, sinks, display.warn)
+        else:
+            config = build_config(args)
+            if config.init is not None and (advice := check_provisioned(config.model, config.train, args.force_under_provisioned)):
+                display.warn(advice)
+            end = pretrain(config, args.run_dir, device, sinks)
+    if not args.json:
+        if not config.synthetic:
+            print_curve(args.run_dir, sys.stdout)
+        if config.dataset == DEMO:
+            print_sample(args.run_dir, sys.stdout)
+        print(f"{end['status']}: {end['detail']}. Validation loss {end['initial_val_loss']:.4f} -> "
+              + ("none" if end["final_val_loss"] is None else f"{end['final_val_loss']:.4f}") + f" nats per token. Run: {args.run_dir}")
+    return 0
+
+
+def build_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration of a new run. Raises ConfigError, NotFoundError, FormatError."""
+    given: dict[str, Any] = {}
+    if args.demo:
+        given = {**DEMO_RUN}
+    if args.config is not None:
+        given = _merge_sections(given, _read_config(args.config))
+    init = args.init or given.get("init")
+    model = _model(args, given, init)
+    mode = args.mode or given.get("mode") or ("finetune" if init else "from-scratch")
+    if mode not in MODES:
+        raise ConfigError("mode", "one of " + ", ".join(MODES), repr(mode), did_you_mean(str(mode), MODES))
+    row = MODES[mode]
+    base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"])},
+            "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None, "tokenizer": None,
+            "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False, "init": None}
+    return _merge(base, given, args, model)
+
+
+def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace, model: TransformerConfig) -> RunConfig:
+    """base, overridden by given (a --config file), overridden by flags."""
+    values = _merge_sections(base, given)
+    for flag, (section, name) in FIELDS.items():
+        value = getattr(args, flag)
+        if value is not None:
+            (values[section] if section else values)[name] = value
+    train = values["train"]
+    if "lr_min" not in train or args.lr is not None:  # upstream's rule
+        train["lr_min"] = min(max(0.01 * train["lr"], 1e-7), train["lr"])
+    unknown = [k for k in values["loop"] if k not in LoopConfig.__dataclass_fields__]
+    if unknown:
+        raise ConfigError(f"loop: key '{unknown[0]}'", "a known key", "an unknown one", did_you_mean(unknown[0], LoopConfig.__dataclass_fields__))
+    decoded = decode(TransformerTrainConfig, train, "train")
+    plain = {k: v for k, v in values.items() if k not in ("preset", "model", "train", "loop")}
+    return RunConfig.decode({**plain, "model": asdict(model), "train": asdict(decoded), "loop": values["loop"]}, "configuration")
+
+
+def _merge_sections(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = {**base, **over}
+    for section in ("train", "loop"):
+        out[section] = {**base.get(section, {}), **over.get(section, {})}
+    return out
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(str(path), "a mapping of keys to values", type(values).__name__, "see docs/pretrain.md")
+    for key, value in values.items():
+        if key not in CONFIG_KEYS:
+            raise ConfigError(f"{path}: key '{key}'", "a known key", "an unknown one", did_you_mean(str(key), CONFIG_KEYS))
+        if key in ("model", "train", "loop") and not isinstance(value, dict):
+            raise ConfigError(f"{path}: {key}", "a mapping", type(value).__name__, "indent its keys below it")
+    for section, kind in (("train", TransformerTrainConfig), ("loop", LoopConfig)):
+        for key in values.get(section, {}):
+            if key not in kind.__dataclass_fields__:
+                raise ConfigError(f"{path}: {section}.{key}", "a known key", "an unknown one", did_you_mean(str(key), kind.__dataclass_fields__))
+    return values
+
+
+def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) -> TransformerConfig:
+    if init is not None:
+        if args.preset or args.vocab_size or "preset" in given or "model" in given:
+            raise ConfigError("--init", "the model's shape to come from the file alone", "a preset, model or vocabulary beside it", "drop them")
+        return _init_config(Path(init))
+    if "model" in given and not args.preset:
+        model = decode(TransformerConfig, given["model"], "model")
+    else:
+        model = preset(args.preset or given.get("preset") or "llama_370m")
+    if model == PRESETS["llama_370m"]:
+        check_370m(model)
+    return replace(model, vocab_size=args.vocab_size) if args.vocab_size is not None else model
+
+
+def _init_config(path: Path) -> TransformerConfig:
+    opened = open_apr(path)
+    try:
+        return config_from_metadata(opened.metadata, str(path))
+    finally:
+        opened.close()

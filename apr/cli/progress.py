@@ -1,0 +1,69 @@
+"""What a person sees of a run: a live line on a terminal, plain lines elsewhere; and events as JSON for programs."""
+
+import sys
+import time
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from apr.train.log import Event, to_line
+
+QUIET_SECONDS = 30.0  # between lines about steps when there is no terminal
+
+
+def print_json(event: Event) -> None:
+    """The event as a line on stdout."""
+    print(to_line(event), flush=True)
+
+
+class Display:
+    """A sink for a run's events. On a terminal: a progress bar with loss, rate and time left; else a line now and then."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False), console=self.console, disable=not self.console.is_terminal)
+        self.task = None
+        self.steps = 0
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def warn(self, text: str) -> None:
+        """A line that must be seen."""
+        self.console.print(text, markup=False)
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        kind = event["event"]
+        if kind == "start":
+            self.steps = event["max_steps"]
+            made_up = " with made-up losses (--synthetic)" if event["synthetic"] else ""
+            self.warn(f"training on {event['device']}{made_up}: {event['max_steps']} steps of {event['tokens_per_step']} tokens")
+        elif kind == "step":
+            self._step(event)
+        elif kind == "eval":
+            where = "before training" if event["epoch"] < 0 else f"epoch {event['epoch']}, step {event['step']}"
+            self.warn(f"{where}: val_loss {event['val_loss']:.4f}")
+        elif kind == "note":
+            self.warn(event["text"])
+        elif kind == "resume":
+            self.warn(f"resumed from {event['checkpoint']}")
+
+    def _step(self, event: Event) -> None:
+        numbers = f"loss {event['train_loss']:.4f}  norm {event['grad_norm']:.2f}  lr {event['lr']:.1e}  {event['tokens_per_sec']:,.0f} tok/s"
+        if self.console.is_terminal:
+            if self.task is None:
+                self.progress.start()
+                self.task = self.progress.add_task("", total=self.steps or None, completed=event["step"], numbers=numbers)
+            self.progress.update(self.task, completed=event["step"] + 1, numbers=numbers)
+        elif time.monotonic() - self.last_line >= QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            print(f"step {event['step']}  {numbers}", file=self.console.file or sys.stderr, flush=True)

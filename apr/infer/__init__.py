@@ -1,0 +1,1 @@
+"""Generation: sampling, and the plain decoder over the NumPy reference."""
