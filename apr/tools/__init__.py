@@ -1,0 +1,1 @@
+"""Tools that look at models, files and runs; they may use the reference and the GPU side alike."""

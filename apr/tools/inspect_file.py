@@ -1,0 +1,115 @@
+"""What a file or folder holds, verified: .apr, safetensors, checkpoint, run directory, tokenizer, token shards."""
+
+from pathlib import Path
+from typing import Any
+
+from apr.data.shards import open_shards, read_manifest
+from apr.data.tokenizer import Tokenizer
+from apr.errors import FormatError, NotFoundError
+from apr.files import sha256_file
+from apr.formats.apr_file import FLAGS, open_apr
+from apr.formats.model_file import config_from_metadata
+from apr.formats.safetensors import open_safetensors
+from apr.formats.tensors import TensorEntry
+from apr.hf_config import to_hf
+from apr.params import parameter_count
+from apr.strict import parse_json
+from apr.train.checkpoint import MANIFEST, read_checkpoint, steps
+from apr.train.log import NAME
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """A description of `path` as plain data; `kind` says what it is. Everything that has a checksum is verified.
+
+    Raises NotFoundError, FormatError, IntegrityError, ConfigError, StorageError.
+    """
+    if not path.exists():
+        raise NotFoundError(str(path), "a file or folder", "nothing there", "check the path")
+    if path.is_dir():
+        return _folder(path)
+    if path.suffix == ".apr":
+        return _apr(path)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    if path.suffix == ".json":
+        return _tokenizer(path)
+    if path.suffix == ".bin":
+        return _shards(path)
+    raise FormatError(str(path), ".apr, .safetensors, tokenizer .json, .bin or a folder", f"'{path.suffix}'", "check the path")
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    if (path / "run.json").is_file():
+        return _run(path)
+    if (path / "state.json").is_file() or (path / "optimizer.safetensors").is_file():
+        return _checkpoint(path)
+    if any(path.glob("*.bin")):
+        return _shards(path)
+    if (path / MANIFEST).is_file():
+        read_manifest(path / MANIFEST)
+    if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
+        return _tokenizer(path)
+    raise FormatError(str(path), "a run, checkpoint, shard folder or tokenizer folder", "none of these", "check the path")
+
+
+def _tensors(entries: dict[str, TensorEntry]) -> list[dict[str, Any]]:
+    return [{"name": e.name, "dtype": e.dtype.name, "shape": list(e.shape), "bytes": e.nbytes} for e in entries.values()]
+
+
+def _apr(path: Path) -> dict[str, Any]:
+    opened = open_apr(path)
+    opened.close()
+    out: dict[str, Any] = {"kind": "apr", "path": str(path), "sha256": sha256_file(path), "checksum": "ok",
+                           "flags": [name for bit, name in FLAGS.items() if opened.flags & bit]}
+    meta = opened.metadata
+    if "hf_config" in meta:
+        config = config_from_metadata(meta, str(path))
+        out.update(config=to_hf(config), parameters=parameter_count(config))
+    if "tokenizer.json" in meta:
+        out["tokenizer"] = _describe(Tokenizer.from_json(str(meta["tokenizer.json"]).encode(), str(path)))
+    out["metadata"] = {k: v for k, v in meta.items() if k not in ("hf_config", "tokenizer.json")}
+    out["tensors"] = _tensors(opened.entries)
+    return out
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    opened = open_safetensors(path)
+    opened.close()
+    return {"kind": "safetensors", "path": str(path), "sha256": sha256_file(path), "metadata": opened.metadata, "tensors": _tensors(opened.entries)}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    found = read_checkpoint(path)
+    s = found.state
+    return {"kind": "checkpoint", "path": str(path), "checksum": "ok", "step": s["step"], "config": to_hf(found.config),
+            "parameters": parameter_count(found.config), "parameters_sha256": s["parameters_sha256"], "optimizer_sha256": s["optimizer_sha256"],
+            "loop": s["loop"], "data": s["data"],
+            "tensors": [{"name": n, "dtype": "F32", "shape": list(a.shape), "bytes": a.nbytes} for n, a in found.params.items()]}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    events = [parse_json(line, str(path / NAME)) for line in (path / NAME).read_bytes().splitlines()] if (path / NAME).is_file() else []
+    checkpoints = []
+    for folder in steps(path / "ckpt"):
+        read_checkpoint(folder)
+        checkpoints.append(folder.name)
+    return {"kind": "run", "path": str(path), "steps": sum(e.get("event") == "step" for e in events), "checkpoints": checkpoints,
+            "checksum": "ok", "end": next((e for e in reversed(events) if e.get("event") == "end"), None)}
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id, "sha256": tokenizer.sha256}
+
+
+def _tokenizer(path: Path) -> dict[str, Any]:
+    return {"kind": "tokenizer", "path": str(path), **_describe(Tokenizer.load(path))}
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    source = open_shards(path, None, manifest["vocab_size"] if manifest else 2**20)
+    out = {"kind": "shards", "path": str(path), "tokens": source.tokens, "documents": len(source.starts) if manifest else None,
+           "largest_id": int(source.histogram.nonzero()[0].max()), "entropy_bits": round(source.check_entropy(), 4)}
+    if manifest is not None:
+        out.update(checksum="ok", vocab_size=manifest["vocab_size"], tokenizer_sha256=manifest["tokenizer_sha256"], dtype=manifest["dtype"])
+    return out
