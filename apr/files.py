@@ -68,7 +68,10 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a regular file, hexadecimal."""
     f, _ = open_regular(path)
     with f, os_errors(str(path)):
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while part := f.read(CHUNK):
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def fsync_dir(path: Path) -> None:

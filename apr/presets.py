@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from typing import Any
 
 from apr.config import FAMILIES, RopeScaling, TransformerConfig
 from apr.errors import ConfigError, did_you_mean
@@ -11,13 +12,13 @@ from apr.errors import ConfigError, did_you_mean
 _LLAMA3_SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
 
-def _config(family: str, **values: object) -> TransformerConfig:
-    head = values["hidden_size"] // values["num_attention_heads"]  # type: ignore[operator]
-    common = {
+def _config(family: str, **values: Any) -> TransformerConfig:
+    head = values["hidden_size"] // values["num_attention_heads"]
+    common: dict[str, Any] = {
         "head_dim": head, "rope_scaling": None, "use_bias": family == "qwen2", "qk_norm": family == "qwen3",
         "architecture": "decoder", "hf_architecture": FAMILIES[family], "hf_model_type": family,
     }
-    return TransformerConfig(**{**common, **values})  # type: ignore[arg-type]
+    return TransformerConfig(**{**common, **values})
 
 
 tiny = _config(

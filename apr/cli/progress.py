@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from apr.train.log import Event, to_line
 
@@ -26,7 +26,7 @@ class Display:
         self.progress = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False), console=self.console, disable=not self.console.is_terminal)
-        self.task = None
+        self.task: TaskID | None = None
         self.steps = 0
         self.last_line = time.monotonic()
 

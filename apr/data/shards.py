@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from apr.strict import read_json
 
 TOKENS_PER_SHARD = 10_000_000
 SCAN = 1 << 20  # tokens read at a time when a shard is checked
-DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 MANIFEST_KEYS = {"format": str, "version": int, "dtype": str, "token_count": int, "documents": int, "vocab_size": int, "eos_id": int,
                  "tokenizer_sha256": str, "shards": list}
 
@@ -53,7 +54,10 @@ class FileShard:
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype
-        self.file, size = open_regular(path)
+        file, size = open_regular(path)
+        with file:
+            self.fd = os.dup(file.fileno())  # kept open: a file that is replaced meanwhile stays the one that was checked
+        weakref.finalize(self, os.close, self.fd)
         if size == 0 or size % dtype.itemsize:
             raise FormatError(str(path), f"a positive multiple of {dtype.itemsize} bytes", f"{size} bytes", "write the shard again")
         self.tokens = size // dtype.itemsize
@@ -62,7 +66,7 @@ class FileShard:
         """Tokens [start, stop) as int64-safe unsigned values. Raises StorageError when the file has become shorter."""
         width = self.dtype.itemsize
         with os_errors(str(self.path)):
-            data = os.pread(self.file.fileno(), (stop - start) * width, start * width)
+            data = os.pread(self.fd, (stop - start) * width, start * width)
         if len(data) != (stop - start) * width:
             raise StorageError(str(self.path), f"{(stop - start) * width} bytes at offset {start * width}", f"{len(data)}",
                                "the file was cut while in use; restore it and resume")

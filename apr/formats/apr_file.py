@@ -201,8 +201,8 @@ def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
     with replacing(path) as f:
         crc = 0
         prefix = (head + text).ljust(index_at, b"\0") + index
-        for part in (np.frombuffer(prefix, np.uint8), *(raw_bytes(arrays[n]) for n in names)):
-            for piece in (part, bytes(-part.nbytes % ALIGN)):
+        for part in (memoryview(prefix), *(raw_bytes(arrays[n]) for n in names)):
+            for piece in (part, memoryview(bytes(-part.nbytes % ALIGN))):
                 f.write(piece)
                 crc = zlib.crc32(piece, crc)
         f.write(crc.to_bytes(4, "little"))

@@ -60,6 +60,6 @@ def read_tensor(file: BinaryIO, path: Path, entry: TensorEntry) -> np.ndarray:
     return out
 
 
-def raw_bytes(array: np.ndarray) -> np.ndarray:
-    """The bytes of an array in row-major order, (nbytes,) uint8; a view where it is contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in row-major order; a view where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -34,11 +34,12 @@ class RunLog:
     def __init__(self, run_dir: Path, sinks: list[Sink], keep_bytes: int | None = None) -> None:
         self.path, self.sinks = run_dir / NAME, sinks
         with os_errors(str(self.path)):
-            self.file = open(self.path, "ab")  # noqa: SIM115 - lives as long as the run
             if keep_bytes is not None:
-                if self.size() < keep_bytes:
-                    raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{self.size()}", "restore the log, or start a new run")
-                self.file.truncate(keep_bytes)
+                size = self.path.stat().st_size
+                if size < keep_bytes:
+                    raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{size}", "restore the log, or start a new run")
+                os.truncate(self.path, keep_bytes)
+            self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
 
     def size(self) -> int:
         """Bytes in the file."""
@@ -58,7 +59,9 @@ class RunLog:
             os.fsync(self.file.fileno())
         return self.size()
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         with os_errors(str(self.path)):
             self.file.close()

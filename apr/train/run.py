@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,41 @@ class DirectoryLock:
             self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             self.file.flush()
 
+    def __enter__(self) -> "DirectoryLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """Which tokens, and which pass over them. The place within a pass follows from the step."""
+
+    fingerprint: str
+    passes: int
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """state.json: where a run stood at a checkpoint."""
+
+    step: int
+    optimizer_step: int
+    loop: LoopState
+    log_bytes: int
+    artifact: dict[str, Any] | None
+    data: DataCursor
+    parameters_sha256: str
+    optimizer_sha256: str
+
 
 class RealRun:
     """StepFn, ValFn and CheckpointFn over a trainer and a corpus."""
 
-    def __init__(self, config: RunConfig, trainer: TransformerTrainer, corpus: Corpus, run_dir: Path, log: RunLog) -> None:
-        self.config, self.trainer, self.corpus, self.log = config, trainer, corpus, log
+    def __init__(self, config: RunConfig, trainer: TransformerTrainer, corpus: Corpus, run_dir: Path, log: RunLog, passes: int) -> None:
+        self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
         self.ckpt_dir = run_dir / "ckpt"
-        self.passes = 1
 
     def step(self, step: int, lr: float) -> StepStats | None:
         """Train on the rows of this step: a pure function of seed and step."""
@@ -99,11 +126,11 @@ class RealRun:
             else:
                 self.trainer.save_apr_with_tokenizer(stem.with_suffix(".apr"), tokenizer)
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
-        saved = {"step": state.step, "optimizer_step": self.trainer.step, "loop": asdict(state), "log_bytes": self.log.sync(),
-                 "artifact": asdict(artifact) if artifact else None, "data": {"fingerprint": self.corpus.fingerprint, "passes": self.passes},
-                 "parameters_sha256": self.trainer.parameters_sha256(), "optimizer_sha256": self.trainer.optimizer_state_sha256()}
+        saved = SavedState(state.step, self.trainer.step, state, self.log.sync(), asdict(artifact) if artifact else None,
+                           DataCursor(self.corpus.fingerprint, self.passes), self.trainer.parameters_sha256(),
+                           self.trainer.optimizer_state_sha256())
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, self.trainer.model, self.trainer.params, self.trainer.optimizer_state(),
-                                    saved, tokenizer.json if tokenizer else None)
+                                    asdict(saved), tokenizer.json if tokenizer else None)
 
 
 def make_trainer(config: RunConfig) -> TransformerTrainer:
@@ -147,18 +174,18 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -
         trainer = make_trainer(config)
     with os_errors(str(run_dir)):
         run_dir.mkdir(parents=True, exist_ok=True)
-    lock = DirectoryLock(run_dir)
-    refuse_used(run_dir)
-    if corpus is not None and corpus.tokenizer is not None:
-        write_atomic(run_dir / "tokenizer.json", corpus.tokenizer.json.encode())
-    write_atomic(run_dir / "run.json", json.dumps({"config": config.encode(), "versions": versions()}, indent=1).encode())
-    log = RunLog(run_dir, sinks)
-    log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode, "dataset": config.dataset,
-         "vocab_size": config.model.V, "max_steps": config.train.max_steps, "tokens_per_step": config.train.tokens_per_step,
-         "entropy_bits": corpus and corpus.entropy, "train_tokens": corpus and corpus.train_tokens, **versions()})
-    for text in notes:
-        log({"event": "note", "step": 0, "text": text})
-    return _run(config, run_dir, log, lock, trainer, corpus, None)
+    with DirectoryLock(run_dir):
+        refuse_used(run_dir)
+        if corpus is not None and corpus.tokenizer is not None:
+            write_atomic(run_dir / "tokenizer.json", corpus.tokenizer.json.encode())
+        write_atomic(run_dir / "run.json", json.dumps({"config": config.encode(), "versions": versions()}, indent=1).encode())
+        with RunLog(run_dir, sinks) as log:
+            log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode, "dataset": config.dataset,
+                 "vocab_size": config.model.V, "max_steps": config.train.max_steps, "tokens_per_step": config.train.tokens_per_step,
+                 "entropy_bits": corpus and corpus.entropy, "train_tokens": corpus and corpus.train_tokens, **versions()})
+            for text in notes:
+                log({"event": "note", "step": 0, "text": text})
+            return _loop(config, run_dir, log, trainer, corpus, None)
 
 
 def resume(config: RunConfig, run_dir: Path, sinks: list[Sink], warn: Any) -> dict[str, Any]:
@@ -166,46 +193,44 @@ def resume(config: RunConfig, run_dir: Path, sinks: list[Sink], warn: Any) -> di
 
     Raises ConfigError when the data are not those that the run began with.
     """
-    lock = DirectoryLock(run_dir)
     if config.synthetic:
         raise ConfigError(str(run_dir), "a run with checkpoints", "a synthetic one", "run it again from the start")
-    checkpoint.sweep(run_dir / "ckpt")
-    found = checkpoint.latest(run_dir / "ckpt", warn)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer.json") if (run_dir / "tokenizer.json").is_file() else None
-    corpus = open_corpus(config, tokenizer, lambda _text: None)
+    with DirectoryLock(run_dir):
+        checkpoint.sweep(run_dir / "ckpt")
+        found = checkpoint.latest(run_dir / "ckpt", warn)
+        saved = _decode_state(found)
+        tokenizer = Tokenizer.load(run_dir / "tokenizer.json") if (run_dir / "tokenizer.json").is_file() else None
+        corpus = open_corpus(config, tokenizer, lambda _text: None)
+        if saved.data.fingerprint != corpus.fingerprint:
+            raise ConfigError(str(config.dataset), "the tokens that the run began with", "others", "restore the data, or start a new run")
+        trainer = TransformerTrainer.with_model(config.model, found.params, config.train)
+        for name, view in trainer.optimizer_state().items():
+            view[...] = found.optimizer[name]
+        trainer.step = saved.optimizer_step
+        with RunLog(run_dir, sinks, saved.log_bytes) as log:
+            log(checkpoint_event(saved.step, saved.artifact))
+            log({"event": "resume", "step": saved.step, "checkpoint": found.path.name})
+            return _loop(config, run_dir, log, trainer, corpus, saved)
+
+
+def _decode_state(found: checkpoint.Checkpoint) -> SavedState:
     try:
-        state = msgspec.convert(found.state["loop"], LoopState, strict=True)
-        fingerprint, passes = found.state["data"]["fingerprint"], found.state["data"]["passes"]
-        keep, artifact, optimizer_step = found.state["log_bytes"], found.state["artifact"], found.state["optimizer_step"]
-    except (KeyError, TypeError, msgspec.ValidationError) as e:
+        return msgspec.convert(found.state, SavedState, strict=True)
+    except msgspec.ValidationError as e:
         raise FormatError(str(found.path / "state.json"), "the state of a run", str(e), "use another checkpoint") from None
-    if fingerprint != corpus.fingerprint:
-        raise ConfigError(str(config.dataset), "the tokens that the run began with", "others", "restore the data, or start a new run")
-    trainer = TransformerTrainer.with_model(config.model, found.params, config.train)
-    for name, view in trainer.optimizer_state().items():
-        view[...] = found.optimizer[name]
-    trainer.step = optimizer_step
-    log = RunLog(run_dir, sinks, keep)
-    log(checkpoint_event(state.step, artifact))
-    log({"event": "resume", "step": state.step, "checkpoint": found.path.name})
-    return _run(config, run_dir, log, lock, trainer, corpus, state, passes)
 
 
-def _run(config: RunConfig, run_dir: Path, log: RunLog, lock: DirectoryLock, trainer: TransformerTrainer | None, corpus: Corpus | None,
-         state: LoopState | None, passes: int = 1) -> dict[str, Any]:
+def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: TransformerTrainer | None, corpus: Corpus | None,
+          saved: SavedState | None) -> dict[str, Any]:
     if trainer is None or corpus is None:
         epochs = -(-config.train.max_steps // config.loop.steps_per_epoch)
         work: Any = SyntheticRun(config.loop.target_val_loss, epochs, config.train.tokens_per_step)
     else:
-        work = RealRun(config, trainer, corpus, run_dir, log)
-        work.passes = passes
+        work = RealRun(config, trainer, corpus, run_dir, log, saved.data.passes if saved else 1)
     fresh = config.init is None and not config.synthetic
-    try:
-        with StopRequest() as stop:
-            return PretrainLoop(config.loop, config.train, config.model.V, fresh, work, work, work, log, lambda: stop.name, state).run()
-    finally:
-        log.close()
-        lock.file.close()
+    with StopRequest() as stop:
+        return PretrainLoop(config.loop, config.train, config.model.V, fresh, work, work, work, log, lambda: stop.name,
+                            saved.loop if saved else None).run()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,145 @@
+"""Checkpoints under damage: kills at any moment, a full disk, flipped bits, cut files; the newest whole one always loads."""
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from models import SMALL, random_batch, train_config
+
+import apr.files
+from apr.errors import FormatError, IntegrityError, NotFoundError, StorageError
+from apr.train import checkpoint
+from apr.train.trainer import TransformerTrainer
+
+KILLS = 100
+
+
+def trained(steps=2):
+    trainer = TransformerTrainer.new(SMALL, train_config())
+    for i in range(steps):
+        trainer.train_batch(random_batch(i))
+    return trainer
+
+
+def save(folder, trainer, step):
+    return checkpoint.write_checkpoint(folder, step, trainer.model, trainer.params, trainer.optimizer_state(), {"step": step}, "{}")
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    trainer = trained()
+    found = checkpoint.read_checkpoint(save(tmp_path, trainer, 2))
+    assert found.config == SMALL and found.state == {"step": 2}
+    assert all(np.array_equal(found.params[k], v) for k, v in trainer.params.items())
+    assert all(np.array_equal(found.optimizer[k], v) for k, v in trainer.optimizer_state().items())
+    assert {p.name for p in (tmp_path / "step-00000002").iterdir()} == {
+        "config.json", "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "manifest.json"}
+
+
+def test_only_the_newest_two_are_kept(tmp_path):
+    trainer = trained()
+    for step in range(5):
+        save(tmp_path, trainer, step)
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000003"] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # fork beside BLAS threads; the child only writes files
+def test_kill_at_random_moments(tmp_path):
+    """KILLS writers killed by SIGKILL somewhere in a save: afterwards there is always a whole checkpoint that loads."""
+    trainer, moment = trained(), random.Random(5)
+    start = time.perf_counter()
+    save(tmp_path, trainer, 0)
+    seconds = time.perf_counter() - start
+    torn = 0
+    for step in range(KILLS):
+        newest = checkpoint.steps(tmp_path)[0]
+        child = os.fork()
+        if child == 0:
+            for later in range(1, 100):
+                save(tmp_path, trainer, int(newest.name[5:]) + later)
+            os._exit(0)
+        time.sleep(moment.uniform(0, 3 * seconds))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        torn += any(".tmp-" in p.name for p in tmp_path.iterdir()) or any(not (p / "manifest.json").exists() for p in checkpoint.steps(tmp_path))
+        warnings = []
+        found = checkpoint.latest(tmp_path, warnings.append)
+        assert found.path >= newest, f"kill {step} lost {newest.name}: {warnings}"
+        checkpoint.sweep(tmp_path)
+    assert not any(".tmp-" in p.name for p in tmp_path.iterdir())
+    assert torn > KILLS // 4, f"only {torn} of {KILLS} kills hit a save half-way: the test does not test"
+
+
+def test_a_full_disk_keeps_the_previous_one(tmp_path, monkeypatch):
+    """The Nth fsync fails, for every N until a save goes through: each failure is a StorageError and loses nothing."""
+    trainer, real = trained(), os.fsync
+    save(tmp_path, trainer, 1)
+    for nth in range(100):
+        calls = iter(range(10**6))
+
+        def fail(fd, calls=calls, nth=nth):
+            if next(calls) == nth:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(fd)
+
+        monkeypatch.setattr(apr.files.os, "fsync", fail)
+        try:
+            save(tmp_path, trainer, 2)
+            break
+        except StorageError as e:
+            assert e.exit_code == 7 and "No space left" in str(e)
+        whole = checkpoint.latest(tmp_path, lambda _: None)
+        assert whole.path.name in ("step-00000001", "step-00000002") and not any(".tmp-" in p.name for p in tmp_path.iterdir())
+    assert nth >= 8, "every file and both folders are fsynced"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove", "grow"])
+def test_damage_is_named_and_the_older_one_is_taken(tmp_path, name, damage):
+    trainer = trained()
+    save(tmp_path, trainer, 1)
+    path = save(tmp_path, trainer, 2) / name
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    new = {"flip": bytes(data), "cut": bytes(data[:-1]), "empty": b"", "grow": bytes(data) + b"\0"}.get(damage)
+    if new is None:
+        path.unlink()
+    else:
+        path.write_bytes(new)
+    with pytest.raises(IntegrityError, match=name):
+        checkpoint.read_checkpoint(path.parent)
+    warnings = []
+    assert checkpoint.latest(tmp_path, warnings.append).path.name == "step-00000001"
+    assert len(warnings) == 1 and name in warnings[0]
+
+
+def test_leftovers_of_a_crash_do_not_stop_the_next_save(tmp_path):
+    (tmp_path / "step-00000003.tmp-1-abc").mkdir()
+    (tmp_path / "step-00000003").mkdir()  # no manifest: an old crash
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.read_checkpoint(save(tmp_path, trained(), 3)).state["step"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_names_decide_and_not_clocks(tmp_path):
+    trainer = trained()
+    older, newer = save(tmp_path, trainer, 8), save(tmp_path, trainer, 9)
+    os.utime(newer, (0, 0))
+    os.utime(older, (2**31, 2**31))
+    assert checkpoint.latest(tmp_path, print).path == newer
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(NotFoundError, match="a complete checkpoint"):
+        checkpoint.latest(tmp_path, print)
+    path = save(tmp_path, trained(), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for change in ({"format": "other"}, {"version": 2}, {"files": {}}, {"files": []}):
+        (path / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(FormatError, match=r"manifest\.json"):
+            checkpoint.read_checkpoint(path)

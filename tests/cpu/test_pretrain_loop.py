@@ -1,0 +1,128 @@
+"""The loop's policy, driven by stand-ins: epochs, ends, guards, stops, and the events that it emits."""
+
+import math
+
+import pytest
+from models import train_config
+
+from apr.errors import GateError, Stopped
+from apr.train.pretrain import LoopConfig, LoopState, PretrainLoop
+from apr.train.schedule import lr_at
+from apr.train.synthetic import SyntheticRun
+from apr.train.trainer import StepStats
+
+VOCAB = 1000
+
+
+class Script:
+    """StepFn, ValFn and CheckpointFn that play given numbers and keep what they were asked."""
+
+    def __init__(self, losses=None, vals=None, steps=10**9):
+        self.losses, self.vals, self.steps = losses or {}, vals or {}, steps
+        self.rates, self.saved = [], []
+
+    def step(self, step, lr):
+        self.rates.append(lr)
+        return StepStats(self.losses.get(step, 5.0), 0.5, lr, 64, True) if step < self.steps else None
+
+    def validate(self, epoch):
+        return self.vals.get(epoch, 5.0)
+
+    def save(self, artifact, state):
+        self.saved.append((artifact, state.step))
+
+    def optimizer_state_sha256(self):
+        return "0" * 64
+
+
+def run(script, events, stop=lambda: None, state=None, fresh=False, **loop):
+    config = LoopConfig(**{"steps_per_epoch": 5, "target_val_loss": 0.5, **loop})
+    return PretrainLoop(config, train_config(max_steps=12, warmup_steps=3), VOCAB, fresh, script, script, script, events.append, stop, state).run()
+
+
+def test_a_whole_run():
+    script, events = Script(), []
+    end = run(script, events)
+    assert [e["event"] for e in events] == ["eval", "checkpoint", *["step"] * 5, "eval", "checkpoint", *["step"] * 5, "eval", "checkpoint",
+                                            *["step"] * 2, "eval", "checkpoint", "end"]
+    assert end["status"] == "OK" and end["steps_recorded"] == 12 and end["epochs_completed"] == 3 and end["tokens_seen"] == 12 * 64
+    assert script.rates == [lr_at(train_config(max_steps=12, warmup_steps=3), s) for s in range(12)]
+    steps = [e for e in events if e["event"] == "step"]
+    assert [e["lr"] for e in steps] == script.rates
+    assert all(e.keys() == {"event", "step", "train_loss", "grad_norm", "lr", "tokens_per_sec", "wall_ms", "tokens_seen"} for e in steps)  # INV-TRAIN-001
+    artifact = script.saved[-1][0]
+    assert artifact.epoch == 2 and artifact.train_loss == 5.0 and artifact.train_ppl == math.exp(5.0) and artifact.tokens_seen == 768
+
+
+def test_target_and_patience():
+    end = run(Script(vals={0: 2.4, 1: 2.4}), [], min_epochs=2, target_val_loss=2.5)
+    assert end["status"] == "OK" and end["epochs_completed"] == 2 and "converged" in end["detail"]
+    end = run(Script(vals={0: 4.0, 1: 4.1, 2: 4.2}), [], patience=0, min_epochs=2)
+    assert end["status"] == "EARLY_STOP" and end["epochs_completed"] == 2
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 7])
+def test_exhausted_data_is_an_end_and_no_number(steps):
+    script, events = Script(steps=steps), []
+    end = run(script, events)
+    assert end["status"] == "EXHAUSTED" and end["steps_recorded"] == steps == sum(e["event"] == "step" for e in events)
+    assert script.saved[-1][1] == steps
+
+
+@pytest.mark.parametrize(("script", "gate", "steps"), [
+    (Script(losses={3: math.nan}), "INV-TRAIN-007", 3), (Script(vals={0: math.nan}), "INV-TRAIN-007", 5), (Script(losses={2: 0.0}), "INV-TRAIN-008", 2),
+    (Script(vals={0: 8.5}), "INV-TRAIN-005", 5), (Script(vals={0: 2.0, 1: 4.1}), "INV-TRAIN-005", 10)])
+def test_a_tripped_guard_ends_the_run_and_saves_nothing_after_it(script, gate, steps):
+    events = []
+    with pytest.raises(GateError, match=gate):
+        run(script, events)
+    assert [e["event"] for e in events[-2:]] == ["guard", "end"] and events[-1]["status"] == "ABORTED" and events[-2]["gate"] == gate
+    assert script.saved[-1][1] < max(steps, 1)
+
+
+def test_fresh_weights_must_start_at_ln_v():
+    with pytest.raises(GateError, match="EVAL-METHODOLOGY-001"):
+        run(Script(vals={-1: 5.0}), [], fresh=True)
+    assert run(Script(vals={-1: 6.9}), [], fresh=True)["status"] == "OK"
+
+
+@pytest.mark.parametrize("at", [1, 4, 5, 7, 12])
+def test_stop_and_go_on_equals_going_through(at):
+    whole, through = [], Script()
+    run(through, whole)
+    calls, first, state = [], [], LoopState()
+
+    def stop():
+        calls.append(state.step)
+        return "SIGTERM" if state.step >= at else None
+
+    script = Script()
+    if at == 12:
+        run(script, first, stop, state)  # the request came with the last step: there is nothing left to stop
+        assert first[-1]["status"] == "OK"
+        return
+    with pytest.raises(Stopped):
+        run(script, first, stop, state)
+    assert first[-1]["status"] == "STOPPED" and script.saved[-1][1] == at
+    rest = []
+    run(script, rest, state=state)
+    kept = [e for e in first[:-1] if not (e["event"] == "checkpoint" and "epoch" not in e and e["step"] == at)]
+
+    def clean(events):
+        return [{k: v for k, v in e.items() if k not in ("tokens_per_sec", "wall_ms", "wall_seconds")} for e in events]
+    assert clean(kept + rest) == clean(whole)
+
+
+def test_a_finished_run_that_is_resumed_is_finished():
+    state, events = LoopState(), []
+    run(Script(), [], state=state)
+    assert run(Script(), events, state=state)["steps_recorded"] == 12 and [e["event"] for e in events] == ["end"]
+
+
+def test_synthetic_runs_are_equal_and_reach_the_target():
+    def once():
+        events, work = [], SyntheticRun(3.0, 3, 64)
+        PretrainLoop(LoopConfig(steps_per_epoch=5), train_config(max_steps=15), 50257, False, work, work, work, events.append, lambda: None).run()
+        return [{k: v for k, v in e.items() if k not in ("tokens_per_sec", "wall_ms", "wall_seconds", "train_seconds")} for e in events]
+    first = once()
+    assert first == once() and first[-1]["final_val_loss"] == 3.0 and first[-1]["status"] == "OK"
