@@ -24,10 +24,6 @@ from apr.reference.model import loss_and_gradients, loss_sum, model_forward
 from apr.train.schedule import lr_at
 
 
-# An overflow is no warning on a terminal: it makes the loss or the norm non-finite, and those are checked.
-QUIET = np.errstate(all="ignore")
-
-
 @dataclass(frozen=True)
 class StepStats:
     """What a step did: mean loss in nats per token, gradient norm before clipping, the learning rate that was applied,
@@ -85,7 +81,7 @@ class TransformerTrainer:
         self.grads_buf.fill(0.0)
         total = 0.0
         if tokens:
-            with QUIET:
+            with _quiet():
                 for b in micro:
                     total += loss_and_gradients(self.params, self.grads, self.model, b.inputs, b.targets, 1.0 / tokens)
         loss, norm = total / tokens if tokens else math.nan, global_norm(self.grads_buf)
@@ -119,7 +115,7 @@ class TransformerTrainer:
         tokens = sum(b.num_tokens for b in batches)
         if tokens == 0:
             raise ShapeError("eval_batches", "at least one counted target", "none", "give other data")
-        with QUIET:
+        with _quiet():
             return sum(loss_sum(self.params, self.model, b.inputs, b.targets) for b in batches) / tokens
 
     def forward_logits(self, ids: np.ndarray) -> np.ndarray:
@@ -154,3 +150,8 @@ def _sha256(arrays: dict[str, np.ndarray], step: int) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _quiet() -> np.errstate:
+    """An overflow is no warning on a terminal: it makes the loss or the norm non-finite, and those are checked."""
+    return np.errstate(all="ignore")
