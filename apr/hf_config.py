@@ -12,6 +12,8 @@ from apr.errors import ConfigError, did_you_mean
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta", "deberta-v2", "albert", "modernbert")
 
+MAX_LAYERS = 10_000  # every layer is a few entries in tables that are made before anything is compared with the file
+
 SAME_NAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 # Keys that are allowed only with the value that means "nothing special".
@@ -36,12 +38,14 @@ def from_hf(values: Any, where: str) -> TransformerConfig:
     family = values.get("model_type")
     if family in ENCODERS:
         raise ConfigError(f"{where}: model_type", "a decoder family (ARCH-007)", f"'{family}', an encoder", "give a decoder model")
-    if family not in FAMILIES:
-        raise ConfigError(f"{where}: model_type", "one of " + ", ".join(FAMILIES), repr(family), "give a model of these families")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"{where}: model_type", "one of " + ", ".join(FAMILIES), repr(family)[:60], "give a model of these families")
     _check_keys(values, where)
     heads, width = _need(values, "num_attention_heads", where), _need(values, "hidden_size", where)
     theta, scaling = _rope(values, where)
     out = {key: _need(values, key, where) for key in SAME_NAME}
+    if type(out["num_hidden_layers"]) is int and out["num_hidden_layers"] > MAX_LAYERS:
+        raise ConfigError(f"{where}: num_hidden_layers", f"at most {MAX_LAYERS}", str(out["num_hidden_layers"]), "correct the file")
     out.update(
         num_key_value_heads=_kv_heads(values, family, heads, where), head_dim=_head_dim(values, family, heads, width, where),
         rope_theta=theta, rope_scaling=scaling, use_bias=family == "qwen2", qk_norm=family == "qwen3",
@@ -49,6 +53,8 @@ def from_hf(values: Any, where: str) -> TransformerConfig:
     window = values.get("sliding_window")
     if window is not None and (family == "mistral" or values.get("use_sliding_window")):
         # Within the window the model is fully causal, which is what apr computes; longer inputs are refused.
+        if type(window) is not int or type(out["max_position_embeddings"]) is not int:
+            raise ConfigError(f"{where}: sliding_window", "a whole number", repr(window)[:60], "correct the file")
         out["max_position_embeddings"] = min(out["max_position_embeddings"], window)
     return decode(TransformerConfig, out, where)
 
@@ -78,13 +84,13 @@ def _check_keys(values: dict[str, Any], where: str) -> None:
     known = {*SAME_NAME, *ONLY, *IGNORED, *SPECIAL}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"{where}: key '{key}'", "a key that apr understands", "an unknown key", did_you_mean(key, known))
+            raise ConfigError(f"{where}: key '{key[:40]}'", "a key that apr understands", "an unknown key", did_you_mean(key[:40], known))
         if key in ONLY and value not in ONLY[key]:
-            raise ConfigError(f"{where}: {key}", f"{ONLY[key][0]!r}", f"{value!r}", "this feature is not implemented")
+            raise ConfigError(f"{where}: {key}", f"{ONLY[key][0]!r}", repr(value)[:60], "this feature is not implemented")
     _need(values, "hidden_act", where)
-    for kind in values.get("layer_types") or ():
-        if kind != "full_attention":
-            raise ConfigError(f"{where}: layer_types", "'full_attention' only", f"{kind!r}", "this feature is not implemented")
+    kinds = values.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError(f"{where}: layer_types", "'full_attention' only", repr(kinds)[:60], "this feature is not implemented")
 
 
 def _kv_heads(values: dict[str, Any], family: str, heads: int, where: str) -> int:

@@ -1,8 +1,8 @@
 """Strict readers of JSON and YAML: the only two in the project.
 
-JSON: UTF-8, size and depth bounded, no duplicate key (Python keeps the last silently), no NaN or Infinity, no lone
-surrogate. YAML: `1e-4` is a number (PyYAML says string), `no` is a string (PyYAML says False), duplicate keys and
-anchors are refused, and no tag reaches a Python constructor. Both raise FormatError with the file's name.
+JSON: UTF-8; size, depth and number of values bounded; no duplicate key (Python keeps the last silently), no NaN or
+Infinity, no lone surrogate. YAML: `1e-4` is a number (PyYAML says string), `no` is a string (PyYAML says False); duplicate
+keys, aliases and tags are refused, as is what JSON cannot say. Both raise FormatError with the file's name.
 """
 
 import json
@@ -17,17 +17,19 @@ from apr.errors import FormatError
 from apr.files import read_bytes
 
 MAX_JSON_BYTES = 16 * 2**20
-MAX_YAML_BYTES = 2**20
+MAX_YAML_BYTES = 2**15  # PyYAML takes 17 s and 300 MB for 2**20 bytes of "[],"
 MAX_DEPTH = 64
+MAX_VALUES = 2**18  # brackets and commas; each can cost 200 bytes of memory, against 2 in the file
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
-    Raises FormatError: over `limit` bytes, not UTF-8, not JSON, too deep, duplicate key, non-finite number.
+    Raises FormatError: over `limit` bytes or MAX_VALUES, not UTF-8, not JSON, too deep, duplicate key, non-finite number.
     """
     def refuse(expected: str, found: str) -> NoReturn:
-        raise FormatError(where, expected, found, "write the file again with a correct tool")
+        raise FormatError(where, expected, found[:200], "write the file again with a correct tool")
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -45,6 +47,8 @@ def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
 
     if len(data) > limit:
         refuse(f"at most {limit} bytes of JSON", f"{len(data)} bytes")
+    if _marks(data) > MAX_VALUES and (values := _marks(_STRING.sub(b"", data))) > MAX_VALUES:
+        refuse(f"at most {MAX_VALUES} values", f"{values}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_float=finite,
                            parse_constant=lambda c: refuse("finite numbers", c))
@@ -65,8 +69,13 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, limit), str(path), limit)
 
 
+def _marks(data: bytes) -> int:
+    """Brackets and commas: at least as many as there are values below the first."""
+    return sum(data.count(mark) for mark in (b"[", b"{", b","))
+
+
 def _check_tree(value: Any, refuse: Any, depth: int = 0) -> None:
-    """Depth cap and no lone surrogates, which would blow up later, when the string is written somewhere."""
+    """Depth cap, no infinities, and no lone surrogates, which would blow up later, when the string is written somewhere."""
     if depth > MAX_DEPTH:
         refuse(f"at most {MAX_DEPTH} levels", "more")
     if isinstance(value, str):
@@ -75,6 +84,9 @@ def _check_tree(value: Any, refuse: Any, depth: int = 0) -> None:
                 value.encode("utf-8")
             except UnicodeEncodeError:
                 refuse("valid Unicode", f"a lone surrogate in {value[:40]!r}")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            refuse("finite numbers", str(value))
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_tree(key, refuse, depth + 1)
@@ -85,20 +97,28 @@ def _check_tree(value: Any, refuse: Any, depth: int = 0) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with JSON's idea of scalars, no duplicate keys and no anchors."""
+    """SafeLoader with JSON's idea of scalars, no duplicate keys, no aliases and no tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed here", problem_mark=self.peek_event().start_mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed here", problem_mark=event.start_mark)
+        if event.tag is not None:  # !!bool x is a KeyError in PyYAML, !!int "" an IndexError, !!set no JSON
+            raise yaml.MarkedYAMLError(problem=f"tags are not allowed here: {event.tag}", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no scalar", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key_node.value!r} twice", problem_mark=key_node.start_mark)
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        out = super().construct_mapping(node, deep)
+        if len(out) != len(node.value):  # 1 and 1.0 and true
+            raise yaml.MarkedYAMLError(problem="keys that are equal", problem_mark=node.start_mark)
+        return out
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -114,7 +134,7 @@ for _tag, _pattern, _first in (
 def parse_yaml(data: bytes, where: str) -> Any:
     """The value of a YAML text.
 
-    Raises FormatError: over MAX_YAML_BYTES, not UTF-8, not YAML, a Python tag, an alias, a duplicate key, too deep.
+    Raises FormatError: over MAX_YAML_BYTES, not UTF-8, not YAML, a tag, an alias, a duplicate key, an infinity, too deep.
     """
     def refuse(expected: str, found: str) -> NoReturn:
         raise FormatError(where, expected, found, "correct the file")
@@ -128,7 +148,7 @@ def parse_yaml(data: bytes, where: str) -> Any:
     except yaml.MarkedYAMLError as e:
         mark = e.problem_mark
         refuse("plain YAML", f"{e.problem}" + (f" at line {mark.line + 1}" if mark else ""))
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, OverflowError) as e:
         refuse("plain YAML", str(e)[:120])
     except RecursionError:
         refuse(f"at most {MAX_DEPTH} levels", "nesting beyond the parser's limit")

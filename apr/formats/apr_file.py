@@ -28,12 +28,12 @@ import numpy as np
 from apr.dtypes import APR_QUANTISED, BY_APR_CODE, BY_NUMPY
 from apr.errors import FormatError, IntegrityError
 from apr.files import CHUNK, open_regular, os_errors, replacing
-from apr.formats.tensors import MAX_DIMENSIONS, TensorEntry, checked_shape, checked_tiling, raw_bytes, read_tensor
+from apr.formats.tensors import MAX_DIMENSIONS, MAX_NAME, TensorEntry, checked_name, checked_shape, checked_tiling, raw_bytes, read_tensor
 from apr.strict import MAX_JSON_BYTES, parse_json
 
 MAGIC, HEADER = b"APR\0", struct.Struct("<4sBBHIQIQQI20s")
 ALIGN = 64
-MAX_NAME = 256
+MAX_ENTRY = 2 + MAX_NAME + 2 + 8 * MAX_DIMENSIONS + 16
 FLAGS = {1: "LZ4", 2: "ZSTD", 4: "ENCRYPTED", 8: "SIGNED", 16: "SHARDED", 32: "QUANTIZED", 64: "FILTERBANK", 128: "MODEL_CARD",
          256: "STREAMING", 512: "HAS_VOCAB", 1024: "ROW_MAJOR", 2048: "COLUMN_MAJOR"}
 ROW_MAJOR, HAS_VOCAB = 1024, 512
@@ -108,7 +108,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> AprFile:
     if meta_at != HEADER.size or meta_size > MAX_JSON_BYTES or index_at != _up(meta_at + meta_size) or not index_at <= data_at <= size - 4:
         refuse(f"metadata, index, data and checksum in turn within {size} bytes", f"offsets {meta_at}, {index_at}, {data_at}, size {meta_size}")
     index_size = data_at - index_at
-    if data_at % ALIGN or count > index_size // 20:
+    if data_at % ALIGN or not 20 * count <= index_size < MAX_ENTRY * count + ALIGN:  # it is read whole
         refuse("room for the index", f"{count} tensors in {index_size} bytes")
 
     metadata = parse_json(file.read(meta_size), f"{where}: metadata")
@@ -183,10 +183,11 @@ def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
     names = sorted(arrays, key=lambda n: n.encode("utf-8"))
     index, position = b"", 0
     for name in names:
-        raw, array = name.encode("utf-8"), arrays[name]
+        raw, array = checked_name(str(path), name).encode("utf-8"), arrays[name]
         dtype = BY_NUMPY.get(array.dtype)
-        if dtype is None or dtype.apr_code is None or not 1 <= len(raw) <= MAX_NAME or array.ndim > MAX_DIMENSIONS:
-            raise FormatError(f"tensor '{name}'", f"a name of 1 to {MAX_NAME} bytes and a dtype of apr/dtypes.py", str(array.dtype), "rename or convert it")
+        if dtype is None or dtype.apr_code is None or array.ndim > MAX_DIMENSIONS:
+            raise FormatError(f"tensor '{name}'", f"a dtype of apr/dtypes.py and at most {MAX_DIMENSIONS} sizes",
+                              f"{array.dtype}, {array.ndim} sizes", "convert it")
         index += struct.pack(f"<H{len(raw)}sBB{array.ndim}QQQ", len(raw), raw, dtype.apr_code, array.ndim, *array.shape, position, array.nbytes)
         position = _up(position + array.nbytes)
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode("utf-8")

@@ -81,8 +81,12 @@ def check_coverage(config: TransformerConfig, arrays: Mapping[str, np.ndarray], 
         array = arrays[name]
         if array.shape != spec.shape:
             raise FormatError(f"{where}: tensor '{name}'", f"shape {list(spec.shape)}", f"{list(array.shape)}", "give the file of this model")
-        values = array.astype(np.float32, copy=False)
-        if not math.isfinite(float(values.sum(dtype=np.float64))):
+        if array.dtype.kind in "iub":
+            raise FormatError(f"{where}: tensor '{name}'", "a floating-point dtype", str(array.dtype), "give the file of this model")
+        with np.errstate(all="ignore"):  # what overflows or is no number is found below, and is no warning on a terminal
+            values = array.astype(np.float32, copy=False)
+            total = float(values.sum(dtype=np.float64))
+        if not math.isfinite(total):
             bad = int(np.argmax(~np.isfinite(values.reshape(-1))))
             raise FormatError(f"{where}: tensor '{name}'", "finite values", f"{values.reshape(-1)[bad]} at element {bad}", "the weights are damaged")
         out[name] = values

@@ -18,7 +18,7 @@ import numpy as np
 from apr.dtypes import BY_NAME, BY_NUMPY, DType
 from apr.errors import FormatError
 from apr.files import open_regular, os_errors, replacing
-from apr.formats.tensors import TensorEntry, checked_shape, checked_tiling, raw_bytes, read_tensor
+from apr.formats.tensors import TensorEntry, checked_name, checked_shape, checked_tiling, raw_bytes, read_tensor
 from apr.strict import MAX_JSON_BYTES, parse_json
 
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -77,7 +77,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
 
 
 def _entry(where: str, name: str, value: Any, data_start: int) -> TensorEntry:
-    place = f"{where}: tensor '{name}'"
+    place = f"{where}: tensor '{checked_name(where, name)}'"
     if not isinstance(value, dict) or value.keys() != ENTRY_KEYS:
         raise FormatError(place, "dtype, shape and data_offsets", "other fields", "write the file again")
     dtype = BY_NAME.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -95,6 +95,8 @@ def encode_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, array in arrays.items():
+        if checked_name("safetensors", name) in header:
+            raise FormatError(f"tensor '{name}'", "a name that the format leaves free", "its own", "rename the tensor")
         header[name] = {"dtype": _dtype(name, array).name, "shape": list(array.shape), "data_offsets": [position, position + array.nbytes]}
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()

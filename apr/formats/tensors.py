@@ -13,6 +13,7 @@ from apr.errors import FormatError
 from apr.files import os_errors
 
 MAX_DIMENSIONS = 8
+MAX_NAME = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,20 @@ class TensorEntry:
     nbytes: int
 
 
+def checked_name(where: str, name: str) -> str:
+    """The name, if it is one that can be shown and kept."""
+    if not 1 <= len(name.encode("utf-8")) <= MAX_NAME or "\0" in name:
+        raise FormatError(f"{where}: tensor {name[:40]!r}", f"a name of 1 to {MAX_NAME} bytes, none of them zero",
+                          f"{len(name)} characters", "rename the tensor")
+    return name
+
+
 def checked_shape(where: str, shape: Any, dtype: DType, nbytes: int) -> tuple[int, ...]:
     """The shape, if it is one and fills exactly `nbytes`; products are Python integers, which do not wrap."""
-    if not (isinstance(shape, (list, tuple)) and len(shape) <= MAX_DIMENSIONS and all(type(d) is int and d >= 0 for d in shape)):
+    if not (isinstance(shape, (list, tuple)) and len(shape) <= MAX_DIMENSIONS and all(type(d) is int and 0 <= d < 2**63 for d in shape)):
         raise FormatError(where, f"a shape of at most {MAX_DIMENSIONS} sizes, 0 or more", repr(shape)[:60], "write the file again")
+    if math.prod(d for d in shape if d) * dtype.size >= 2**63:  # NumPy makes no such array, not even an empty one
+        raise FormatError(where, "a shape that fits in memory", f"{list(shape)}", "write the file again")
     if math.prod(shape) * dtype.size != nbytes:
         raise FormatError(where, f"{math.prod(shape) * dtype.size} bytes for {dtype.name} {list(shape)}", f"{nbytes}", "write the file again")
     return tuple(shape)

@@ -48,7 +48,7 @@ MALFORMED = {
     "version as text": ("version: 1", 'version: "1"', "version"),
     "unknown axis": ("{N: var, C: const}", "{N: var, K: const}", "Invalid enum value 'K'"),
     "axis kind": ("C: const", "C: constant", "Invalid enum value 'constant'"),
-    "undeclared axis": ("outputs: {out: [N, C,", "outputs: {out: [N, T,", "axis 'T' of out is not declared; known: C, N"),
+    "undeclared axis": ("outputs: {out: [N, C,", "outputs: {out: [N, T,", "axis 'T' of out is not declared; known: C"),
     "dtype": ("factor: [f32, read]", "factor: [f16, read]", "Invalid enum value 'f16' - at `$.inputs"),
     "role": ("factor: [f32, read]", "factor: [f32, write]", "Invalid enum value 'write' - at `$.inputs"),
     "argument without role": ("factor: [f32, read]", "factor: [f32]", "factor: expected [axes..., dtype, role]"),
