@@ -11,7 +11,7 @@ from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import count_targets, loss_and_gradients, model_forward
 
 TOLERANCE = 1e-5  # float32 against float32; measured worst 1.3e-6
-LATER_NORMS = 5e-5  # against the same steps in float64, PyTorch is off by up to 2.0e-5, the reference by up to 7.1e-6
+LATER = 5e-5  # after AdamW steps: against the same steps in float64 PyTorch is off by up to 2.0e-5, the reference by 7.1e-6
 
 
 class Run:
@@ -75,6 +75,6 @@ def test_ten_adamw_steps(name):
     run = Run(name)
     for step, (loss, norm) in enumerate(zip(run.golden.arrays["losses"], run.golden.arrays["norms"], strict=True)):
         assert abs(run.gradients(step) - loss) <= 1e-5, f"loss of step {step}"
-        assert abs(run.update(step) - norm) <= (TOLERANCE if step == 0 else LATER_NORMS) * norm, f"gradient norm of step {step}"
+        assert abs(run.update(step) - norm) <= (TOLERANCE if step == 0 else LATER) * norm, f"gradient norm of step {step}"
     for key, value in run.golden.group("final").items():
-        assert_close(run.params[key], value, TOLERANCE, f"{key} after ten steps")
+        assert_close(run.params[key], value, LATER, f"{key} after ten steps")
