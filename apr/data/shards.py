@@ -10,8 +10,8 @@ starts; files are read by offset, never mapped, so that a file cut short while i
 
 import hashlib
 import json
-import math
 import os
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from apr.data.tokenizer import Tokenizer
+from apr.data.tokenizer import MAX_VOCABULARY, Tokenizer
 from apr.errors import ConfigError, FormatError, GateError, IntegrityError, NotFoundError, StorageError
 from apr.files import fsync_dir, open_regular, os_errors, write_durable
 from apr.strict import read_json
@@ -29,6 +29,7 @@ from apr.strict import read_json
 TOKENS_PER_SHARD = 10_000_000
 SCAN = 1 << 20  # tokens read at a time when a shard is checked
 DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # no folder, nothing hidden, no byte that a path cannot hold
 MANIFEST_KEYS = {"format": str, "version": int, "dtype": str, "token_count": int, "documents": int, "vocab_size": int, "eos_id": int,
                  "tokenizer_sha256": str, "shards": list}
 
@@ -231,11 +232,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise FormatError(f"{where}: {key}", kind.__name__, repr(values.get(key))[:40], "tokenize again")
     if values["dtype"] not in DTYPES:
         raise FormatError(f"{where}: dtype", "u16 or u32", repr(values["dtype"])[:40], "tokenize again")
+    if not 1 <= values["vocab_size"] <= MAX_VOCABULARY:  # a histogram of this size is made
+        raise FormatError(f"{where}: vocab_size", f"1 to {MAX_VOCABULARY}", str(values["vocab_size"]), "tokenize again")
+    if not 0 <= values["eos_id"] < values["vocab_size"]:
+        raise FormatError(f"{where}: eos_id", f"an id in [0, {values['vocab_size']})", str(values["eos_id"]), "tokenize again")
+    names = set()
     for entry in values["shards"]:
         good = (isinstance(entry, dict) and type(entry.get("file")) is str and type(entry.get("tokens")) is int
-                and type(entry.get("sha256")) is str and Path(entry["file"]).name == entry["file"])
+                and type(entry.get("sha256")) is str and SHARD_NAME.fullmatch(entry["file"]) and entry["file"] not in names)
         if not good:
-            raise FormatError(f"{where}: shards", "file (a bare name), tokens, sha256", repr(entry)[:80], "tokenize again")
-    if not values["shards"] or math.fsum(s["tokens"] for s in values["shards"]) != values["token_count"]:
-        raise FormatError(f"{where}: token_count", "the sum of the shards' tokens", str(values["token_count"]), "tokenize again")
+            raise FormatError(f"{where}: shards", "file (a bare name, each once), tokens, sha256", repr(entry)[:80], "tokenize again")
+        names.add(entry["file"])
+    if not names or sum(s["tokens"] for s in values["shards"]) != values["token_count"]:
+        raise FormatError(f"{where}: token_count", "the sum of the shards' tokens", str(values["token_count"])[:40], "tokenize again")
     return values

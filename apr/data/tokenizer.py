@@ -4,22 +4,32 @@ Upstream once read a vocabulary of another spelling, and 99.99 % of its corpus b
 that cannot carry arbitrary text there and back is refused when it is loaded.
 """
 
+import contextlib
 import hashlib
+import json
+import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from apr.errors import FormatError, NotFoundError
+from apr.errors import AprError, FormatError, NotFoundError
 from apr.files import read_bytes
 from apr.strict import parse_json
 
 MAX_FILE = 64 * 2**20
+MAX_VOCABULARY = 2**20
+MAX_GROWTH = 1024  # times that normalizing or decoding may lengthen a text; a chain of doublings knows no end
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
 ENCODE_AT_ONCE = 256  # documents
 PROBE = "def f(x):\n\treturn 'naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
+BYTES = (pre_tokenizers.ByteLevel.alphabet(), [f"<0x{b:02X}>" for b in range(256)])  # a byte as a token: two spellings
+BYTE_LEVEL = "check that vocab.json is spelt as GPT-2's (byte-level), not in hexadecimal"
 
 
 class Tokenizer:
@@ -40,11 +50,19 @@ class Tokenizer:
         if not vocab:
             raise FormatError(where, "a vocabulary", "an empty one", "give a trained tokenizer")
         self.vocab_size = max(vocab.values()) + 1
+        if self.vocab_size > MAX_VOCABULARY or len(set(vocab.values())) != len(vocab):
+            raise FormatError(where, f"ids below {MAX_VOCABULARY}, each for one token",
+                              f"{len(vocab)} tokens with ids to {self.vocab_size - 1}", "give a trained tokenizer")
+        missing = min(([b for b in spelling if b not in vocab] for spelling in BYTES), key=len)
+        if missing:  # such bytes would vanish from every text
+            raise FormatError(where, "a token for each of the 256 bytes", f"none for {len(missing)} of them", BYTE_LEVEL)
+        if _growth(inner.normalizer) * _growth(inner.decoder) > MAX_GROWTH:
+            raise FormatError(where, f"replacements that lengthen a text at most {MAX_GROWTH} times", "more", "give a trained tokenizer")
         self.eos_id = next((vocab[t] for t in END_OF_TEXT if t in vocab), None)
         back = self.decode(self.encode(PROBE))
         if back.strip() != PROBE.strip():
             raise FormatError(where, "a tokenizer that gives any text back unchanged (byte-level BPE)", f"{PROBE[:20]!r}… came back as {back[:20]!r}…",
-                              "check that vocab.json is spelt as GPT-2's (byte-level), not in hexadecimal")
+                              BYTE_LEVEL)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -69,18 +87,14 @@ class Tokenizer:
         vocab, merges = path / "vocab.json", path / "merges.txt"
         if not (vocab.is_file() and merges.is_file()):
             raise NotFoundError(str(path), "tokenizer.json, or vocab.json and merges.txt", "neither", "check the path")
-        return cls(_gpt2(vocab, merges), str(vocab))
+        with _library(f"{vocab}, {merges.name}", "two files of one tokenizer"):
+            return cls(_gpt2(vocab, merges), str(vocab))
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Tokenizer":
         """From the bytes of a tokenizer.json. Raises FormatError."""
-        try:
-            inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # the library raises bare Exception, and PanicException from Rust
-            raise FormatError(where, "a tokenizer.json", str(e)[:160], "give a file that the tokenizers library wrote") from None
-        return cls(inner, where)
+        with _library(where, "a tokenizer.json"):
+            return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")), where)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""
@@ -107,6 +121,44 @@ class Tokenizer:
         return self.eos_id
 
 
+@contextlib.contextmanager
+def _library(where: str, expected: str) -> Iterator[None]:
+    """Turn whatever the library raises on a bad file into a FormatError.
+
+    It raises bare Exception, and PanicException from Rust, which by then has printed a report of its own to descriptor 2.
+    """
+    try:
+        saved: int | None = os.dup(2)
+    except OSError:  # closed
+        saved = None
+    try:
+        if saved is not None:
+            with open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), 2)
+        yield
+    except (AprError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise FormatError(where, expected, str(e)[:160], "give what the tokenizers library wrote") from None
+    finally:
+        if saved is not None:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _growth(part: Any) -> int:
+    """How many times longer the replacements of a normalizer or decoder can make a text."""
+    def walk(node: Any) -> int:
+        below = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        longer = math.prod(walk(item) for item in below)
+        if isinstance(node, dict) and node.get("type") in ("Replace", "Prepend"):
+            text = node.get("content") or node.get("prepend") or ""
+            return longer * (len(text) + 1 if len(text) > 1 else 1)  # one more, since an empty pattern keeps what was there
+        return longer
+
+    return walk(json.loads(part.__getstate__())) if part is not None else 1
+
+
 def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     table = parse_json(read_bytes(vocab, MAX_FILE), str(vocab), MAX_FILE)
     if not isinstance(table, dict) or not all(type(v) is int and 0 <= v < 2**31 for v in table.values()):
@@ -122,12 +174,7 @@ def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
             if not left or not right or " " in right:
                 raise FormatError(f"{merges} line {number}", "two symbols", repr(line[:40]), "give GPT-2's merges.txt")
             pairs.append((left, right))
-    try:
-        inner = tokenizers.Tokenizer(models.BPE(vocab=table, merges=pairs))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:
-        raise FormatError(f"{vocab}, {merges.name}", "merges of symbols in the vocabulary", str(e)[:160], "give two files of one tokenizer") from None
+    inner = tokenizers.Tokenizer(models.BPE(vocab=table, merges=pairs))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([t for t in END_OF_TEXT if t in table])
