@@ -126,7 +126,7 @@ class TransformerTrainConfig:
         for name in ("lr", "max_grad_norm", "adam_eps"):
             require(name, getattr(self, name), "positive and finite", 0 < getattr(self, name) < math.inf)
         require("lr_min", self.lr_min, "from 0 to lr", 0 <= self.lr_min <= self.lr)
-        require("warmup_steps", self.warmup_steps, "0 or more", self.warmup_steps >= 0)
+        require("warmup_steps", self.warmup_steps, "0 or more", type(self.warmup_steps) is int and self.warmup_steps >= 0)
         require("weight_decay", self.weight_decay, "0 or more, finite", 0 <= self.weight_decay < math.inf)
         for name in ("beta1", "beta2"):
             require(name, getattr(self, name), "from 0 to below 1", 0 <= getattr(self, name) < 1)
@@ -161,6 +161,11 @@ def decode(kind: type[T], values: Any, where: str) -> T:
         if key not in names:
             fix = f"use '{UPSTREAM_NAMES[key]}'" if key in UPSTREAM_NAMES else did_you_mean(str(key), names)
             raise ConfigError(f"{where}: key '{key}'", f"a field of {kind.__name__}", "an unknown key", fix)
+    scaling = values.get("rope_scaling")
+    for key in scaling if isinstance(scaling, dict) else ():  # msgspec would drop it silently
+        if key not in RopeScaling.__dataclass_fields__:
+            raise ConfigError(f"{where}: rope_scaling: key '{key}'", "a field of RopeScaling", "an unknown key",
+                              did_you_mean(str(key), RopeScaling.__dataclass_fields__))
     for f in dataclasses.fields(kind):
         if f.default is dataclasses.MISSING and f.name not in values:
             raise ConfigError(f"{where}: {f.name}", "a value (it has no default)", "nothing", f"add '{f.name}'")

@@ -43,6 +43,8 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     Raises NotFoundError, StorageError, or FormatError when the path is a folder, FIFO, socket or device.
     """
     with os_errors(str(path)):
+        if stat.S_ISSOCK(os.stat(path).st_mode):  # which cannot even be opened
+            raise FormatError(str(path), "a regular file", "a socket", "give the path of a file")
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):

@@ -19,7 +19,7 @@ SAME_NAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 # Keys that are allowed only with the value that means "nothing special".
 ONLY = {"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None), "attention_dropout": (0, None),
         "pretraining_tp": (1,), "rope_interleaved": (False,), "quantization_config": (None,), "use_sliding_window": (False, None),
-        "is_encoder_decoder": (False,), "add_cross_attention": (False,), "partial_rotary_factor": (1, None)}
+        "use_mrope": (False, None), "is_encoder_decoder": (False,), "add_cross_attention": (False,), "partial_rotary_factor": (1, None)}
 # Keys that do not change what is computed here: bookkeeping, tokens of generation, training history.
 IGNORED = {"architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id",
            "eos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "_name_or_path", "_attn_implementation_autoset",

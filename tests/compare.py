@@ -11,9 +11,10 @@ def relative_l2(actual: np.ndarray, truth: np.ndarray) -> float:
 
 
 def assert_close(actual: np.ndarray, truth: np.ndarray, tol: float, what: str) -> float:
-    """Demand equal shape, finite values and relative L2 error of at most `tol`; returns the error."""
+    """Demand equal shape and dtype (a float64 truth judges any float), finite values and relative L2 error <= tol; returns it."""
     actual, truth = np.asarray(actual), np.asarray(truth)
     assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, expected {truth.shape}"
+    assert truth.dtype == np.float64 or actual.dtype == truth.dtype, f"{what}: {actual.dtype}, expected {truth.dtype}"
     assert np.isfinite(truth).all(), f"{what}: the expected values are not finite"
     bad = np.argwhere(~np.isfinite(actual))
     assert bad.size == 0, f"{what}: {len(bad)} non-finite values, first at {tuple(bad[0])}"

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -40,7 +39,7 @@ class Tokenizer:
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, where: str) -> None:
-        self.inner = inner
+        self.inner, self.where = inner, where
         inner.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; only we end documents
         inner.no_truncation()
         inner.no_padding()
@@ -53,6 +52,8 @@ class Tokenizer:
         if self.vocab_size > MAX_VOCABULARY or len(set(vocab.values())) != len(vocab):
             raise FormatError(where, f"ids below {MAX_VOCABULARY}, each for one token",
                               f"{len(vocab)} tokens with ids to {self.vocab_size - 1}", "give a trained tokenizer")
+        if getattr(inner.model, "dropout", None):
+            raise FormatError(where, "no dropout, which gives a text other tokens each time", str(inner.model.dropout), "set it to null")
         missing = min(([b for b in spelling if b not in vocab] for spelling in BYTES), key=len)
         if missing:  # such bytes would vanish from every text
             raise FormatError(where, "a token for each of the 256 bytes", f"none for {len(missing)} of them", BYTE_LEVEL)
@@ -117,7 +118,7 @@ class Tokenizer:
     def require_eos(self) -> int:
         """The id that ends a document. Raises FormatError when the tokenizer has none."""
         if self.eos_id is None:
-            raise FormatError("tokenizer", "an end-of-text token: " + ", ".join(END_OF_TEXT), "none of them", "add one to the tokenizer")
+            raise FormatError(self.where, "an end-of-text token: " + ", ".join(END_OF_TEXT), "none of them", "add one to the tokenizer")
         return self.eos_id
 
 

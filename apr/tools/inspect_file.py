@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from apr.data.shards import open_shards, read_manifest
-from apr.data.tokenizer import Tokenizer
+from apr.data.tokenizer import MAX_VOCABULARY, Tokenizer
 from apr.errors import FormatError, NotFoundError
 from apr.files import sha256_file
 from apr.formats.apr_file import FLAGS, open_apr
@@ -81,6 +81,9 @@ def _safetensors(path: Path) -> dict[str, Any]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     found = read_checkpoint(path)
     s = found.state
+    for key in ("parameters_sha256", "optimizer_sha256", "loop", "data"):
+        if key not in s:
+            raise FormatError(f"{path / 'state.json'}: {key}", "a value", "none", "use another checkpoint")
     return {"kind": "checkpoint", "path": str(path), "checksum": "ok", "step": s["step"], "config": to_hf(found.config),
             "parameters": parameter_count(found.config), "parameters_sha256": s["parameters_sha256"], "optimizer_sha256": s["optimizer_sha256"],
             "loop": s["loop"], "data": s["data"],
@@ -88,13 +91,23 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    events = [parse_json(line, str(path / NAME)) for line in (path / NAME).read_bytes().splitlines()] if (path / NAME).is_file() else []
+    events = _events(path / NAME) if (path / NAME).is_file() else []
     checkpoints = []
     for folder in steps(path / "ckpt"):
         read_checkpoint(folder)
         checkpoints.append(folder.name)
     return {"kind": "run", "path": str(path), "steps": sum(e.get("event") == "step" for e in events), "checkpoints": checkpoints,
             "checksum": "ok", "end": next((e for e in reversed(events) if e.get("event") == "end"), None)}
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    events = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        event = parse_json(line, f"{path} line {number}")
+        if not isinstance(event, dict):
+            raise FormatError(f"{path} line {number}", "an event, a JSON object", type(event).__name__, "restore the log")
+        events.append(event)
+    return events
 
 
 def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -107,7 +120,8 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 
 def _shards(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else None
-    source = open_shards(path, None, manifest["vocab_size"] if manifest else 2**20)
+    tokenizer = Tokenizer.load(path) if manifest and (path / "tokenizer.json").is_file() else None
+    source = open_shards(path, tokenizer, manifest["vocab_size"] if manifest else MAX_VOCABULARY)
     out = {"kind": "shards", "path": str(path), "tokens": source.tokens, "documents": len(source.starts) if manifest else None,
            "largest_id": int(source.histogram.nonzero()[0].max()), "entropy_bits": round(source.check_entropy(), 4)}
     if manifest is not None:

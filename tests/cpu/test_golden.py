@@ -11,7 +11,7 @@ from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import count_targets, loss_and_gradients, model_forward
 
 TOLERANCE = 1e-5  # float32 against float32; measured worst 1.3e-6
-LATER = 5e-5  # after AdamW steps: against the same steps in float64 PyTorch is off by up to 2.0e-5, the reference by 7.1e-6
+LATER = 5e-5  # after AdamW steps: against the same steps in float64 PyTorch is off by up to 3.0e-5, the reference by 1.0e-5
 
 
 class Run:

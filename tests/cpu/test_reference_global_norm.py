@@ -53,3 +53,7 @@ def test_clipped_gradients_have_at_most_the_norm_allowed(rng, size):
     norm = global_norm(grads)
     clipped = global_norm(grads * clip_factor(norm, 0.7))
     assert math.isclose(clipped, min(norm, 0.7), rel_tol=1e-12)
+
+
+def test_clip_factor_of_nan_is_nan():
+    assert np.isnan(clip_factor(float("nan"), 1.0)) and clip_factor(float("inf"), 1.0) == 0.0

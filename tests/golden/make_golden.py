@@ -20,10 +20,11 @@ from torch.nn import functional
 HERE = Path(__file__).parent
 B, T, STEPS = 3, 23, 10
 SHAPE = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "hidden_act": "silu"}
+         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "hidden_act": "silu"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
+          "original_max_position_embeddings": 64}
+# eps 1e-6, not 1e-8: a gradient element of 1e-9 would otherwise turn rounding into a step of full size
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 1.0}
 
 
 def default_rope(theta: float) -> dict:
@@ -50,6 +51,8 @@ def fill(model: torch.nn.Module, rng: torch.Generator) -> None:
             p.data = {"q": 1.0, "k": 3.0, "v": 0.1}[name.split(".")[-2][0]] * noise
         elif "embed_tokens" in name:
             p.data = 0.02 * noise
+        elif "o_proj" in name or "down_proj" in name:
+            p.data = 0.004 * noise  # keeps the residual stream as small as the embeddings: every norm's eps shows
         else:
             p.data = 0.15 * noise
 

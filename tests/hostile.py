@@ -1,0 +1,145 @@
+"""Malformed files, one Case each, with the exit code that each must end in; and the two ways of handing them to apr."""
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from apr.cli.main import build
+from apr.cli.pretrain import build_config
+from apr.data.text import documents
+from apr.data.tokenizer import Tokenizer
+from apr.errors import AprError, one_line
+from apr.formats.model_file import load_model
+from apr.formats.safetensors import open_safetensors
+from apr.hf_config import from_hf
+from apr.paths import environment
+from apr.strict import read_json
+from apr.tools.inspect_file import inspect
+from apr.train.corpus import open_corpus
+
+FORMAT, CONFIG, NOT_FOUND, GATE, INTEGRITY = 4, 2, 3, 5, 6
+SLOW = 10.0  # seconds: U2 of the fault list
+
+
+class Case(NamedTuple):
+    """A malformed file: `row` of the fault list, `kind` of input, what is wrong with it, `write(folder)` gives its path.
+
+    `says` must be in the message, beside the file's name. `cli`: also tried through the real command. `known`: a defect
+    elsewhere that lets it through for now.
+    """
+
+    row: str
+    kind: str
+    what: str
+    write: Callable[[Path], Path]
+    exit: int
+    says: str = ""
+    cli: bool = False
+    known: str = ""
+
+
+def run_config(path):
+    """The configuration that `apr pretrain --config PATH` makes."""
+    return build_config(build("pretrain").parse_args(["--config", str(path), "--run-dir", str(path.parent / "run")]))
+
+
+def read_safetensors(path):
+    opened = open_safetensors(path)
+    try:
+        return opened.metadata, opened.read_all()
+    finally:
+        opened.close()
+
+
+def with_environment(path):
+    """The variables of a file of NAME=value lines, as the process's own."""
+    before = dict(os.environ)
+    try:
+        os.environ.update(line.split("=") for line in path.read_text().splitlines())
+        return environment()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+READ = {
+    "apr": inspect, "checkpoint": inspect, "shards": inspect, "log": inspect, "model": load_model, "safetensors": read_safetensors,
+    "config": lambda path: from_hf(read_json(path), str(path)), "yaml": run_config,
+    "corpus": lambda path: open_corpus(run_config(path), None, lambda _text: None),
+    "tokenizer": lambda path: Tokenizer.load(path).require_eos(),
+    "text": lambda path: list(documents([path], "content", Counter())), "env": with_environment,
+}
+
+
+def put(name: str, data: bytes | Callable[[], bytes]) -> Callable[[Path], Path]:
+    """A `write` that makes the file `name` of these bytes."""
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(data if isinstance(data, bytes) else data())
+        return folder / name
+    return write
+
+
+def all_cases() -> list[Case]:
+    """Every case."""
+    import hostile_data
+    import hostile_settings
+    import hostile_tensors
+    return [*hostile_tensors.cases(), *hostile_settings.cases(), *hostile_data.cases()]
+
+
+def complaint(case: Case, error: BaseException | None, seconds: float) -> str:
+    """What is wrong with how a case ended in process; nothing when it was refused as it should be."""
+    if error is None:
+        return "accepted"
+    if not isinstance(error, AprError):
+        return f"crashed: {type(error).__name__}: {str(error)[:200]}"
+    text = str(error)
+    if error.exit_code != case.exit:
+        return f"exit {error.exit_code}, not {case.exit}: {text}"
+    if case.says not in text:
+        return f"does not say '{case.says}': {text}"
+    if text != one_line(text, len(text)):
+        return f"more than one plain line: {text!r}"
+    return f"took {seconds:.1f} s" if seconds > SLOW else ""
+
+
+def attempt(case: Case) -> str:
+    """Hand a case to the public function that reads its kind, in a folder of its own; returns the complaint."""
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    try:
+        path, error = case.write(folder), None
+        began = time.monotonic()
+        try:
+            READ[case.kind](path)
+        except BaseException as e:  # a panic of Rust is no Exception; an interrupt is to end the tests
+            if isinstance(e, (KeyboardInterrupt, SystemExit)):
+                raise
+            error = e
+        said = complaint(case, error, time.monotonic() - began)
+        if not said and case.kind != "env" and one_line(path.name) not in str(error):
+            return f"does not name the file: {error}"
+        return "ran code from the file" if (folder / "pwned").exists() else said
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tally(cases: Iterable[Case]) -> dict[tuple[str, str], Counter]:
+    """Per row and kind: tried, refused (as expected), crashed (another exception), wrong (accepted, or another refusal)."""
+    table: dict[tuple[str, str], Counter] = defaultdict(Counter)
+    for case in cases:
+        said = attempt(case)
+        verdict = "refused" if not said else "crashed" if said.startswith("crashed") else "wrong"
+        table[case.row, case.kind].update(["tried", verdict])
+    return dict(table)
+
+
+def grouped(cases: Iterable[Case]) -> dict[tuple[str, str], list[Case]]:
+    """The cases by row and kind, in their order."""
+    ordered = sorted(cases, key=lambda c: (c.row, c.kind))
+    return {key: list(group) for key, group in itertools.groupby(ordered, key=lambda c: (c.row, c.kind))}
