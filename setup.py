@@ -23,6 +23,7 @@ BASE = [
     "jinja2>=3.1.6",
     "msgspec>=0.19",
     "rich>=13.9",
+    "threadpoolctl>=3.5",
 ]
 EXTRAS = {
     # The NVIDIA wheels that apr needs and no others: the compiler, the headers of bf16/fp16/fp8, and cuBLASLt.

@@ -2,12 +2,12 @@
 
     python benchmarks/bench_train_cpu.py                                    the reference alone
     python benchmarks/bench_train_cpu.py --peer-python PYTHON_WITH_TORCH    and peer_torch_cpu.py, in turns
-    options: --rounds --steps --warmup --preset --cores, --json (a line instead of the table), --record (append a row)
+    options: --rounds --steps --warmup --preset --cores, --json (one line instead of the table), --record (append a row)
 
 A step is forward, backward, clipping and AdamW (two decay groups) of `demo`, 8 sequences of 256 random tokens, float32.
 Each side of each round is a fresh process on the same cores, with the same weights and batches; the first losses must
-agree to 1e-4, or it is not the same work and the run fails. Peak memory is the process's own; `idle` is its share that
-is there before a model is.
+agree to 1e-4, or it is not the same work and the run fails. Peak memory is the process's own; `idle` is the share that
+the interpreter and the libraries take before there is a model.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import csv
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ from apr.reference.model import loss_and_gradients
 
 HERE = Path(__file__).resolve().parent
 COMPARED, TOLERANCE = 5, 1e-4  # the first losses, in nats
+Results = dict[str, list[dict[str, Any]]]  # the rounds of each side
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """Most memory that this process has held so far. (Linux hands a child its parent's peak: the parent stays small.)"""
+    """Most memory this process has held so far. Linux starts a child at its parent's peak, so the parent stays small."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -76,43 +76,45 @@ def write_job(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     where = layout(config)
     params = where.views(np.zeros(where.size, np.float32))
     init_params(config, how.seed, params)
-    np.savez(folder / "weights.npz", **params)  # type: ignore[arg-type]
+    np.savez(folder / "weights.npz", allow_pickle=False, **params)
     tokens = np.random.default_rng(how.seed).integers(0, config.V, (how.max_steps, how.batch_size, how.max_seq_len + 1))
     np.savez(folder / "batches.npz", inputs=tokens[..., :-1].copy(), targets=tokens[..., 1:].copy())
     return {"config": encode(config), "train": encode(how), "weights": str(folder / "weights.npz"),
             "batches": str(folder / "batches.npz"), "cores": args.cores, "warmup": args.warmup}
 
 
-def run_rounds(commands: dict[str, list[str]], job: dict[str, Any], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of each side's rounds; the sides take turns. Fails when a side does, or when the losses disagree."""
+def run_rounds(commands: dict[str, list[str]], job: dict[str, Any], rounds: int) -> Results:
+    """Each side's rounds, taken in turns. Exits with an error when a side does, or when the losses disagree."""
     threads = {name: str(job["cores"]) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
-    for number in range(rounds):
+    results: Results = {side: [] for side in commands}
+    for number in range(1, rounds + 1):
         for side, command in commands.items():
-            done = subprocess.run([*command, json.dumps(job)], stdout=subprocess.PIPE, check=True, env=os.environ | threads)
+            line = [*command, json.dumps(job)]
+            done = subprocess.run(line, stdout=subprocess.PIPE, check=True, env=os.environ | threads)
             results[side].append(json.loads(done.stdout))
             ms = 1e3 * statistics.median(results[side][-1]["seconds"])
-            print(f"round {number + 1}/{rounds}  {side:4}  {ms:.0f} ms/step  load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-        first = [found[0]["losses"][:COMPARED] for found in results.values()]
+            print(f"round {number}/{rounds} {side} {ms:.0f} ms/step, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+        first = [found[-1]["losses"][:COMPARED] for found in results.values()]
         worst = float(np.abs(np.subtract(first[0], first[-1])).max())
         if not worst <= TOLERANCE:
-            raise SystemExit(f"not the same work: the first losses differ by {worst:.1e} > {TOLERANCE} nats: {first}")
+            raise SystemExit(f"not the same work: first losses {first} differ by {worst:.1e} > {TOLERANCE} nats")
     return results
 
 
-def summary(results: dict[str, list[dict[str, Any]]], job: dict[str, Any]) -> dict[str, Any]:
+def summary(results: Results, job: dict[str, Any]) -> dict[str, Any]:
     """One flat record of what was measured, on what, when and how."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    record: dict[str, Any] = {"date": datetime.date.today().isoformat(), "commit": commit, "cpu": cpu, "cores": job["cores"],
-                              "command": " ".join(["python", *sys.argv])}
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in line]
+    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    record = {"date": datetime.date.today().isoformat(), "cpu": names[0] if names else "?", "cores": job["cores"],
+              "commit": subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "?",
+              "command": " ".join(["python", *sys.argv])}
     tokens = job["train"]["batch_size"] * job["train"]["max_seq_len"]
-    for side, rounds in results.items():
-        p20, p50, p80 = np.percentile([s for r in rounds for s in r["seconds"]], [20, 50, 80])
-        record |= {f"{side}_versions": rounds[0]["versions"], f"{side}_tokens_per_s": round(tokens / p50),
-                   f"{side}_p20": round(tokens / p80), f"{side}_p80": round(tokens / p20), f"{side}_ms": round(1e3 * p50, 1),
-                   f"{side}_peak_mib": round(max(r["peak_mib"] for r in rounds)),
-                   f"{side}_idle_mib": round(max(r["idle_mib"] for r in rounds))}
+    for side, found in results.items():
+        fast, median, slow = np.percentile([s for one in found for s in one["seconds"]], [20, 50, 80])
+        side_record = {"versions": found[0]["versions"], "tokens_per_s": round(tokens / median),
+                       "p20": round(tokens / slow), "p80": round(tokens / fast), "ms": round(1e3 * median, 1),
+                       "peak_mib": round(max(r["peak_mib"] for r in found)), "idle_mib": round(found[0]["idle_mib"])}
+        record |= {f"{side}_{key}": value for key, value in side_record.items()}
     if "peer" in results:
         record["speed_ratio"] = round(record["ours_tokens_per_s"] / record["peer_tokens_per_s"], 3)
         record["memory_ratio"] = round(record["ours_peak_mib"] / record["peer_peak_mib"], 3)
@@ -121,14 +123,23 @@ def summary(results: dict[str, list[dict[str, Any]]], job: dict[str, Any]) -> di
 
 def table(record: dict[str, Any]) -> str:
     """The record for people."""
-    lines = [f"{'':28}{'tokens/s':>9}  {'p20 - p80':15}{'ms/step':>8}{'peak MiB':>10}{'(idle)':>9}"]
+    lines = [f"{'':28}{'tokens/s':>10}{'p20':>8}{'p80':>8}{'ms/step':>10}{'peak MiB':>10}{'idle MiB':>10}"]
     for side in (s for s in ("ours", "peer") if f"{s}_ms" in record):
-        r = {key.removeprefix(side + "_"): value for key, value in record.items()}
-        lines.append(f"{r['versions']:28}{r['tokens_per_s']:9}  {r['p20']} - {r['p80']:<7}{r['ms']:8.1f}{r['peak_mib']:10}"
-                     f"{r['idle_mib']:9}")
+        row = "{%s_versions:28}{%s_tokens_per_s:10}{%s_p20:8}{%s_p80:8}{%s_ms:10}{%s_peak_mib:10}{%s_idle_mib:10}"
+        lines.append(row.replace("%s", side).format(**record))
     if "speed_ratio" in record:
-        lines.append(f"{'ours / peer':28}{record['speed_ratio']:9.2f}{'':25}{record['memory_ratio']:10.2f}")
-    return "\n".join([*lines, "{cpu}, {cores} cores; {date}, {commit}; {command}".format(**record)])
+        lines.append("ours / peer                 {speed_ratio:10}{0:26}{memory_ratio:10}".format("", **record))
+    return "\n".join([*lines, "{cpu}, {cores} cores, {date}, {commit}: {command}".format(**record)])
+
+
+def append(record: dict[str, Any], path: Path) -> None:
+    """Add the record as a row of a CSV file, which is begun if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        rows = csv.DictWriter(file, list(record))
+        if file.tell() == 0:
+            rows.writeheader()
+        rows.writerow(record)
 
 
 def main() -> None:
@@ -152,14 +163,7 @@ def main() -> None:
         record = summary(run_rounds(commands, job, args.rounds), job)
     print(json.dumps(record) if args.json else table(record))
     if args.record:
-        path = HERE / "results" / "cpu" / "train.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            rows = csv.DictWriter(file, record.keys())
-            if new:
-                rows.writeheader()
-            rows.writerow(record)
+        append(record, HERE / "results" / "cpu" / "train.csv")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ bench_train_cpu.py starts it with a Python that has torch and NumPy; by hand:
     PYTHON_WITH_TORCH benchmarks/peer_torch_cpu.py JOB
 
 JOB is JSON: `config` (the model's shape, Hugging Face's names), `train` (AdamW and clipping), `weights` and `batches`
-(.npz files), `cores`, `warmup`. Every batch is one step. Prints one line of JSON: the loss and the seconds of each step,
-the process's peak memory, versions. Nothing of apr is imported.
+(.npz files), `cores`, `warmup`. Every batch is one step. Prints one line of JSON: the loss of every step, the seconds
+of those after the warm-up, the process's memory, versions. Nothing of apr is imported.
 """
 
 import json
@@ -34,7 +34,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (p(x).view(b, t, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True, enable_gqa=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
 

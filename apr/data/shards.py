@@ -83,6 +83,7 @@ class TokenSource:
     def __init__(self, shards: list[Any], names: list[str], vocab_size: int, eos_id: int | None,
                  expected_sha256: list[str] | None = None) -> None:
         self.shards, self.vocab_size = shards, vocab_size
+        self.name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         self.offsets = np.cumsum([0] + [s.tokens for s in shards])
         self.tokens = int(self.offsets[-1])
         self.histogram = np.zeros(vocab_size, np.int64)
@@ -124,9 +125,9 @@ class TokenSource:
         model would reach a splendid loss on it and have learnt nothing.
         """
         share = self.histogram[self.histogram > 0] / self.tokens
-        entropy = float(-(share * np.log2(share)).sum())
+        entropy = abs(float((share * np.log2(share)).sum()))
         if not (share.max() <= 0.5 and entropy >= 1.0):
-            raise GateError("GATE-CORPUS-ENTROPY", "no token over 50 % and at least 1 bit per token",
+            raise GateError(f"GATE-CORPUS-ENTROPY {self.name}", "no token over 50 % and at least 1 bit per token",
                             f"token {int(self.histogram.argmax())} is {share.max():.2%} of {self.tokens} tokens, {entropy:.3f} bits",
                             "check that the tokenizer fits the text")
         return entropy
@@ -205,7 +206,7 @@ def open_shards(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Tok
     """
     if not path.exists():
         raise NotFoundError(str(path), "shards", "nothing there", "check the path")
-    if not (path.is_dir() and (path / "manifest.json").is_file()):
+    if not os.path.lexists(path / "manifest.json"):  # one that cannot be read is an error, not headerless shards
         files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
         if not files:
             raise NotFoundError(str(path), "manifest.json or *.bin files", "neither", "check the path")

@@ -11,7 +11,7 @@ from typing import Any
 
 from apr.errors import ConfigError, FormatError, NotFoundError
 from apr.files import open_regular, os_errors, read_bytes
-from apr.strict import parse_json
+from apr.strict import MAX_JSON_BYTES, parse_json
 
 MAX_DOCUMENT = 64 * 2**20  # bytes; a longer "text" is a mistake, and would be one training document
 SOURCES_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "idlelib", "turtledemo", "ensurepip",
@@ -96,16 +96,16 @@ def _jsonl(path: Path, content_field: str) -> Iterator[str]:
     f, _ = open_regular(path)
     with f, os_errors(str(path)):
         number = 0
-        while line := f.readline(MAX_DOCUMENT + 1):
+        while line := f.readline(MAX_JSON_BYTES + 1):  # of which it holds two copies for a moment
             number += 1
-            if line.strip():
+            if not line.isspace():  # strip() would copy it
                 where = f"{path} line {number}"
-                yield _content(parse_json(line, where, MAX_DOCUMENT), content_field, where)
+                yield _content(parse_json(line, where), content_field, where)
 
 
 def _parquet(path: Path, content_field: str) -> Iterator[str]:
     try:
-        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise ConfigError(str(path), "the 'parquet' extra for Parquet files", "no pyarrow", "pip install 'apr[parquet]'") from None
     open_regular(path)[0].close()
@@ -113,8 +113,10 @@ def _parquet(path: Path, content_field: str) -> Iterator[str]:
         file = parquet.ParquetFile(path)
         if content_field not in file.schema_arrow.names:
             raise FormatError(str(path), f"a column '{content_field}'", ", ".join(file.schema_arrow.names)[:80], "set --content-field")
+        number = 0
         for batch in file.iter_batches(batch_size=256, columns=[content_field]):
-            for number, text in enumerate(batch.column(0).to_pylist()):
+            for text in batch.column(0).to_pylist():
+                number += 1
                 yield _content({content_field: text}, content_field, f"{path} row {number}")
-    except (OSError, ValueError) as e:  # pyarrow's own errors derive from these
+    except (OSError, ValueError, ArrowException) as e:
         raise FormatError(str(path), "a Parquet file", str(e)[:120], "give a complete Parquet file") from None

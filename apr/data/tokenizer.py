@@ -26,7 +26,7 @@ MAX_VOCABULARY = 2**20
 MAX_GROWTH = 1024  # times that normalizing or decoding may lengthen a text; a chain of doublings knows no end
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
 ENCODE_AT_ONCE = 256  # documents
-PROBE = "def f(x):\n\treturn 'naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
+PROBE = "def f(x):\n\treturn 'Naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
 BYTES = (pre_tokenizers.ByteLevel.alphabet(), [f"<0x{b:02X}>" for b in range(256)])  # a byte as a token: two spellings
 BYTE_LEVEL = "check that vocab.json is spelt as GPT-2's (byte-level), not in hexadecimal"
 
@@ -43,8 +43,6 @@ class Tokenizer:
         inner.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; only we end documents
         inner.no_truncation()
         inner.no_padding()
-        self.json = inner.to_str()
-        self.sha256 = hashlib.sha256(self.json.encode()).hexdigest()
         vocab = inner.get_vocab(with_added_tokens=True)
         if not vocab:
             raise FormatError(where, "a vocabulary", "an empty one", "give a trained tokenizer")
@@ -52,6 +50,8 @@ class Tokenizer:
         if self.vocab_size > MAX_VOCABULARY or len(set(vocab.values())) != len(vocab):
             raise FormatError(where, f"ids below {MAX_VOCABULARY}, each for one token",
                               f"{len(vocab)} tokens with ids to {self.vocab_size - 1}", "give a trained tokenizer")
+        self.json = inner.to_str()  # not before: it makes a table as long as the largest id
+        self.sha256 = hashlib.sha256(self.json.encode()).hexdigest()
         if getattr(inner.model, "dropout", None):
             raise FormatError(where, "no dropout, which gives a text other tokens each time", str(inner.model.dropout), "set it to null")
         missing = min(([b for b in spelling if b not in vocab] for spelling in BYTES), key=len)

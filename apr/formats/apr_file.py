@@ -120,6 +120,11 @@ def _checked(path: Path, file: BinaryIO, size: int) -> AprFile:
     if not entries and size - 4 != data_at:
         refuse("no data without tensors", f"{size - 4 - data_at} bytes")
     checked_tiling(where, entries, data_at, size - 4, ALIGN)
+    for entry in entries.values():
+        end = entry.start + entry.nbytes
+        file.seek(end)
+        if any(file.read(_up(end) - end)):
+            refuse("zero padding after each tensor", f"other bytes after '{entry.name}'")
     _check_payload(where, file, size)
     return AprFile(path, file, flags, metadata, entries)
 

@@ -1,5 +1,6 @@
 """What a file or folder holds, verified: .apr, safetensors, checkpoint, run directory, tokenizer, token shards."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def _tokenizer(path: Path) -> dict[str, Any]:
 
 
 def _shards(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    manifest = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
     tokenizer = Tokenizer.load(path) if manifest and (path / "tokenizer.json").is_file() else None
     source = open_shards(path, tokenizer, manifest["vocab_size"] if manifest else MAX_VOCABULARY)
     out = {"kind": "shards", "path": str(path), "tokens": source.tokens, "documents": len(source.starts) if manifest else None,

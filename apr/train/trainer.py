@@ -22,6 +22,7 @@ from apr.reference.adamw import adamw_update
 from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import loss_and_gradients, loss_sum, model_forward
 from apr.train.schedule import lr_at
+from apr.train.slices import SliceRunner, add_in_order, cut
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TransformerTrainer:
         self.model, self.config, self.layout = model, config, layout(model)
         self.params_buf, self.grads_buf, self.m_buf, self.v_buf = (np.zeros(self.layout.size, np.float32) for _ in range(4))
         self.params, self.grads = self.layout.views(self.params_buf), self.layout.views(self.grads_buf)
+        self.runner, self._slice_bufs = SliceRunner(), list[np.ndarray]()
         self.step = 0
         self.last_stats: StepStats | None = None
 
@@ -79,17 +81,29 @@ class TransformerTrainer:
         tokens = sum(b.num_tokens for b in micro)
         applied_lr = lr_at(self.config, self.step) if lr is None else lr
         self.grads_buf.fill(0.0)
-        total = 0.0
-        if tokens:
-            with _quiet():
-                for b in micro:
-                    total += loss_and_gradients(self.params, self.grads, self.model, b.inputs, b.targets, 1.0 / tokens)
+        total = sum(self._gradients(b, 1.0 / tokens) for b in micro) if tokens else 0.0
         loss, norm = total / tokens if tokens else math.nan, global_norm(self.grads_buf)
         applied = math.isfinite(loss) and math.isfinite(norm) and tokens > 0
         if applied:
             self._update(applied_lr, norm)
         self.last_stats = StepStats(loss, norm, applied_lr, tokens, applied)
         return loss
+
+    def _gradients(self, batch: LMBatch, dloss: float) -> float:
+        """Sum of a micro-batch's losses; its gradient is added to grads_buf."""
+        slices = cut(batch)
+        while len(self._slice_bufs) < len(slices):
+            self._slice_bufs.append(np.zeros(self.layout.size, np.float32))
+
+        def run(index: int) -> float:
+            buffer = self._slice_bufs[index]
+            buffer.fill(0.0)
+            part = slices[index]
+            return loss_and_gradients(self.params, self.layout.views(buffer), self.model, part.inputs, part.targets, dloss)
+
+        losses = self.runner.map(run, range(len(slices)))
+        add_in_order(self.grads_buf, self._slice_bufs[:len(slices)], self.runner)
+        return sum(losses)
 
     def _update(self, lr: float, norm: float) -> None:
         c, split = self.config, self.layout.decay_end
@@ -115,8 +129,8 @@ class TransformerTrainer:
         tokens = sum(b.num_tokens for b in batches)
         if tokens == 0:
             raise ShapeError("eval_batches", "at least one counted target", "none", "give other data")
-        with _quiet():
-            return sum(loss_sum(self.params, self.model, b.inputs, b.targets) for b in batches) / tokens
+        slices = [part for b in batches for part in cut(b)]
+        return sum(self.runner.map(lambda b: loss_sum(self.params, self.model, b.inputs, b.targets), slices)) / tokens
 
     def forward_logits(self, ids: np.ndarray) -> np.ndarray:
         """Scores (B, T, V) float32 of every position for ids (B, T) int."""
@@ -150,8 +164,3 @@ def _sha256(arrays: dict[str, np.ndarray], step: int) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _quiet() -> np.errstate:
-    """An overflow is no warning on a terminal: it makes the loss or the norm non-finite, and those are checked."""
-    return np.errstate(all="ignore")

@@ -1,0 +1,56 @@
+"""A batch cut into slices that run on several cores, with bits that do not depend on how many cores there are.
+
+NumPy's elementwise operations use one core, and BLAS threads waiting for each other are very slow on a machine that has
+other work (measured in docs/log.md). So each slice of a batch runs in a thread of its own with BLAS on one core, into a
+gradient buffer of its own, and the buffers are added in slice order. The cut depends on the batch alone.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from apr.data.batch import LMBatch
+
+SLICES = 4  # at most; each costs a gradient buffer
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class SliceRunner:
+    """Threads for the slices of a batch, one per usable core up to SLICES."""
+
+    def __init__(self) -> None:
+        self.blas = ThreadpoolController().select(user_api="blas")
+        self.pool = ThreadPoolExecutor(min(SLICES, len(os.sched_getaffinity(0))), thread_name_prefix="slice")
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """function of each item, in the items' order; an overflow is no warning here, since results are checked."""
+        def quietly(item: T) -> R:
+            with np.errstate(all="ignore"):
+                return function(item)
+
+        with self.blas.limit(limits=1):
+            return list(self.pool.map(quietly, items))
+
+
+def cut(batch: LMBatch) -> list[LMBatch]:
+    """The batch as at most SLICES batches of whole sequences, sizes as equal as they can be, in order."""
+    count = min(SLICES, batch.batch_size)
+    bounds = [i * batch.batch_size // count for i in range(count + 1)]
+    return [LMBatch(batch.inputs[a:b], batch.targets[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def add_in_order(total: np.ndarray, parts: Sequence[np.ndarray], runner: SliceRunner) -> None:
+    """total += parts[0]; += parts[1]; …, element by element in that order; (P,) float32 each, ranges in parallel."""
+    edges = np.linspace(0, total.size, SLICES + 1).astype(int)
+
+    def add(index: int) -> None:
+        part = slice(edges[index], edges[index + 1])
+        for other in parts:
+            total[part] += other[part]
+
+    runner.map(add, range(SLICES))
