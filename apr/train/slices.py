@@ -44,13 +44,16 @@ def cut(batch: LMBatch) -> list[LMBatch]:
     return [LMBatch(batch.inputs[a:b], batch.targets[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+def ranges(start: int, stop: int) -> list[slice]:
+    """[start, stop) of flat memory in SLICES pieces, for work that is element by element."""
+    edges = [start + i * (stop - start) // SLICES for i in range(SLICES + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
 def add_in_order(total: np.ndarray, parts: Sequence[np.ndarray], runner: SliceRunner) -> None:
-    """total += parts[0]; += parts[1]; …, element by element in that order; (P,) float32 each, ranges in parallel."""
-    edges = np.linspace(0, total.size, SLICES + 1).astype(int)
+    """total += parts[0]; += parts[1]; …, element by element in that order; (P,) float32 each."""
+    def add(piece: slice) -> None:
+        for part in parts:
+            total[piece] += part[piece]
 
-    def add(index: int) -> None:
-        part = slice(edges[index], edges[index + 1])
-        for other in parts:
-            total[part] += other[part]
-
-    runner.map(add, range(SLICES))
+    runner.map(add, ranges(0, total.size))

@@ -22,7 +22,7 @@ from apr.reference.adamw import adamw_update
 from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import loss_and_gradients, loss_sum, model_forward
 from apr.train.schedule import lr_at
-from apr.train.slices import SliceRunner, add_in_order, cut
+from apr.train.slices import SliceRunner, add_in_order, cut, ranges
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,14 @@ class TransformerTrainer:
     def _update(self, lr: float, norm: float) -> None:
         c, split = self.config, self.layout.decay_end
         self.step += 1
-        for part, decay in ((slice(0, split), c.weight_decay), (slice(split, None), 0.0)):
-            adamw_update(self.params_buf[part], self.m_buf[part], self.v_buf[part], self.grads_buf[part], lr=lr, beta1=c.beta1,
-                         beta2=c.beta2, eps=c.adam_eps, weight_decay=decay, step=self.step,
-                         grad_scale=clip_factor(norm, c.max_grad_norm))
+        clip = clip_factor(norm, c.max_grad_norm)
+
+        def update(part: slice) -> None:
+            adamw_update(self.params_buf[part], self.m_buf[part], self.v_buf[part], self.grads_buf[part], lr=lr,
+                         beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps, step=self.step, grad_scale=clip,
+                         weight_decay=c.weight_decay if part.start < split else 0.0)
+
+        self.runner.map(update, [*ranges(0, split), *ranges(split, self.layout.size)])
 
     @property
     def last_grad_norm(self) -> float:
