@@ -21,7 +21,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
             "qwen3": "Qwen3ForCausalLM"}
 
 # Upstream's (aprender's) names for fields that Hugging Face names otherwise.
-UPSTREAM_NAMES = {"num_kv_heads": "num_key_value_heads", "head_dim_override": "head_dim", "rms_norm_epsilon": "rms_norm_eps"}
+UPSTREAM_NAMES = {"num_kv_heads": "num_key_value_heads", "head_dim_override": "head_dim",
+                  "rms_norm_epsilon": "rms_norm_eps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +78,13 @@ class TransformerConfig:
         require("head_dim", self.head_dim, "even, since rotation pairs its halves", self.head_dim % 2 == 0)
         require("rms_norm_eps", self.rms_norm_eps, "between 0 and 1e-2", 0 < self.rms_norm_eps <= 1e-2)
         require("rope_theta", self.rope_theta, "finite and above 1", 1 < self.rope_theta < math.inf)
-        require("architecture", self.architecture, "'decoder' (ARCH-007: encoder families cannot be trained as decoders)",
+        require("architecture", self.architecture,
+                "'decoder' (ARCH-007: encoder families cannot be trained as decoders)",
                 self.architecture == "decoder")
         family = self.hf_model_type  # a file says which model it is by this alone, so the rest must agree with it
         require("hf_model_type", family, "one of " + ", ".join(FAMILIES), family in FAMILIES)
-        require("hf_architecture", self.hf_architecture, f"'{FAMILIES[family]}'", self.hf_architecture == FAMILIES[family])
+        require("hf_architecture", self.hf_architecture, f"'{FAMILIES[family]}'",
+                self.hf_architecture == FAMILIES[family])
         require("use_bias", self.use_bias, f"{family == 'qwen2'} for {family}", self.use_bias is (family == "qwen2"))
         require("qk_norm", self.qk_norm, f"{family == 'qwen3'} for {family}", self.qk_norm is (family == "qwen3"))
 
@@ -122,11 +125,13 @@ class TransformerTrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "max_seq_len", "accumulation_steps"):
-            require(name, getattr(self, name), "at least 1", type(getattr(self, name)) is int and getattr(self, name) >= 1)
+            require(name, getattr(self, name), "at least 1",
+                    type(getattr(self, name)) is int and getattr(self, name) >= 1)
         for name in ("lr", "max_grad_norm", "adam_eps"):
             require(name, getattr(self, name), "positive and finite", 0 < getattr(self, name) < math.inf)
         require("lr_min", self.lr_min, "from 0 to lr", 0 <= self.lr_min <= self.lr)
-        require("warmup_steps", self.warmup_steps, "0 or more", type(self.warmup_steps) is int and self.warmup_steps >= 0)
+        require("warmup_steps", self.warmup_steps, "0 or more",
+                type(self.warmup_steps) is int and self.warmup_steps >= 0)
         require("weight_decay", self.weight_decay, "0 or more, finite", 0 <= self.weight_decay < math.inf)
         for name in ("beta1", "beta2"):
             require(name, getattr(self, name), "from 0 to below 1", 0 <= getattr(self, name) < 1)
@@ -151,8 +156,8 @@ T = TypeVar("T", TransformerConfig, TransformerTrainConfig)
 def decode(kind: type[T], values: Any, where: str) -> T:
     """A config from plain data (YAML, JSON, .apr metadata), strictly.
 
-    Raises ConfigError naming `where` and the key: not a mapping, unknown key (with a suggestion), missing key, wrong type
-    (a bool is no number, a string is no float), value out of range.
+    Raises ConfigError naming `where` and the key: not a mapping, unknown key (with a suggestion), missing key, wrong
+    type (a bool is no number, a string is no float), value out of range.
     """
     if not isinstance(values, dict):
         raise ConfigError(where, "a mapping of keys to values", type(values).__name__, "write one key per line")

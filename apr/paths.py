@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def _outside_folder(name: str) -> Path:
-    """`kernels` or `contracts`: inside the package in a wheel, one level up in a checkout, editable install or PYTHONPATH."""
+    """`kernels` or `contracts`: inside the package in a wheel, else one level up (checkout, editable, PYTHONPATH)."""
     package = Path(__file__).resolve().parent
     for candidate in (package / name, package.parent / name):
         if candidate.is_dir():

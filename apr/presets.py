@@ -1,5 +1,6 @@
 """Named model shapes. Sources: the config.json of each model on Hugging Face; `tiny` and `llama_370m` are upstream's.
 
+Two differ from those files, as upstream does: `llama2_*` have eps 1e-6 (published: 1e-5), `mistral_7b` has no window.
 `demo` is what `apr pretrain --demo` trains: small enough for two cores and a minute, deep enough to be a real model.
 """
 
@@ -9,7 +10,8 @@ from typing import Any
 from apr.config import FAMILIES, RopeScaling, TransformerConfig
 from apr.errors import ConfigError, did_you_mean
 
-_LLAMA3_SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+_LLAMA3_SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                              original_max_position_embeddings=8192)
 
 
 def _config(family: str, **values: Any) -> TransformerConfig:
@@ -44,8 +46,9 @@ smollm2_135m = _config(
     "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True)
 mistral_7b = _config(
-    "mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4, tie_word_embeddings=False)
+    "mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e4,
+    tie_word_embeddings=False)
 qwen2_0_5b = _config(
     "qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
     num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)

@@ -100,9 +100,9 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader with JSON's idea of scalars, no duplicate keys, no aliases and no tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed here", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed here", problem_mark=event.start_mark)  # type: ignore[arg-type]
         if event.tag is not None:  # !!bool x is a KeyError in PyYAML, !!int "" an IndexError, !!set no JSON
             raise yaml.MarkedYAMLError(problem=f"tags are not allowed here: {event.tag}", problem_mark=event.start_mark)
         return super().compose_node(parent, index)

@@ -28,7 +28,7 @@ SLOW = 10.0  # seconds: U2 of the fault list
 
 
 class Case(NamedTuple):
-    """A malformed file: `row` of the fault list, `kind` of input, what is wrong with it, `write(folder)` gives its path.
+    """A malformed file: row of the fault list, kind of input, what is wrong, and `write(folder)`, which gives its path.
 
     `says` must be in the message, beside the file's name. `cli`: also tried through the real command. `known`: a defect
     elsewhere that lets it through for now.
@@ -69,7 +69,8 @@ def with_environment(path):
 
 
 READ = {
-    "apr": inspect, "checkpoint": inspect, "shards": inspect, "log": inspect, "model": load_model, "safetensors": read_safetensors,
+    "apr": inspect, "checkpoint": inspect, "shards": inspect, "log": inspect, "model": load_model,
+        "safetensors": read_safetensors,
     "config": lambda path: from_hf(read_json(path), str(path)), "yaml": run_config,
     "corpus": lambda path: open_corpus(run_config(path), None, lambda _text: None),
     "tokenizer": lambda path: Tokenizer.load(path).require_eos(),
@@ -91,7 +92,9 @@ def all_cases() -> list[Case]:
     import hostile_models
     import hostile_settings
     import hostile_tensors
-    return [c for part in (hostile_tensors, hostile_models, hostile_settings, hostile_data) for c in part.cases()]
+    import hostile_tokenizers
+    parts = (hostile_tensors, hostile_models, hostile_settings, hostile_data, hostile_tokenizers)
+    return [case for part in parts for case in part.cases()]
 
 
 def good() -> dict[str, Callable[[Path], Path]]:
@@ -100,11 +103,12 @@ def good() -> dict[str, Callable[[Path], Path]]:
     import hostile_models as models
     import hostile_settings as settings
     import hostile_tensors as tensors
+    import hostile_tokenizers as tokenizers
     return {"apr": put("x.apr", tensors.apr_bytes()), "safetensors": put("x.safetensors", tensors.st_bytes(tensors.ST)),
             "model": models.model(), "checkpoint": models.checkpoint(), "log": models.run_folder(b'{"event": "end"}\n'),
             "config": put("config.json", settings.HF_TEXT), "yaml": put("run.yaml", settings.yaml_text()),
-            "env": put("environment", b"APR_DEVICE=cpu"), "shards": data.shards(), "tokenizer": data.json_file(),
-            "text": put("x.txt", data.WORDS.encode()), "corpus": data.corpus()}
+            "env": put("environment", b"APR_DEVICE=cpu"), "shards": data.shards(), "tokenizer": tokenizers.json_file(),
+            "text": put("x.txt", tokenizers.WORDS.encode()), "corpus": data.corpus()}
 
 
 def complaint(case: Case, error: BaseException | None, seconds: float) -> str:
@@ -151,7 +155,7 @@ def attempt(case: Case) -> str:
 
 
 def tally(cases: Iterable[Case]) -> dict[tuple[str, str], Counter]:
-    """Per row and kind: tried, refused (as expected), crashed (another exception), wrong (accepted, or another refusal)."""
+    """By row and kind: tried, refused (as expected), crashed (another exception), wrong (accepted, or misreported)."""
     table: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for case in cases:
         said = attempt(case)

@@ -1,6 +1,5 @@
-"""Malformed training data: token shards and their manifest, tokenizers, text, and corpora that no model should train on."""
+"""Malformed training data: token shards and their manifest, text, and corpora that no model should train on."""
 
-import functools
 import hashlib
 import json
 
@@ -8,30 +7,24 @@ import numpy as np
 from hostile import CONFIG, FORMAT, GATE, INTEGRITY, NOT_FOUND, Case, put
 from hostile_settings import yaml_text
 from hostile_tensors import BAD_JSON, special_files
+from hostile_tokenizers import WORDS, V, tokenizer
 
-from apr.data.tokenizer import Tokenizer
-
-V = 300
 IDS = np.arange(2000) % V  # ids of a good corpus; 0 ends a document
-WORDS = "the cat sat on a mat, 'naïve' and 日本語 🙂\n" * 20
 MAX_LINE = 16 * 2**20
 
 
-@functools.cache
-def tokenizer():
-    """A good byte-level tokenizer, as plain data."""
-    return json.loads(Tokenizer.train([WORDS], V).json)
-
-
 def shards(ids=IDS, stored="<u2", tail=b"", manifest=None, extra=None, entries=({},), **change):
-    """A `write` of a folder of shards; the manifest fits, unless `entries` and `change` say otherwise or it is these bytes."""
+    """A `write` of a folder of shards; its manifest fits, unless `entries` or `change` say otherwise or it is given."""
     def write(folder):
         path, data = folder / "shards", np.asarray(ids).astype(stored).tobytes() + tail
         path.mkdir()
         entry = {"file": "shard-0000.bin", "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
-        values = {"format": "apr-shards", "version": 1, "dtype": {"<u2": "u16", "<u4": "u32"}[stored], "token_count": len(ids), "documents": 7,
-                  "vocab_size": V, "eos_id": 0, "tokenizer_sha256": "0" * 64, "shards": [{**entry, **e} for e in entries], **change}
-        files = {"shard-0000.bin": data, "manifest.json": json.dumps(values).encode() if manifest is None else manifest, **(extra or {})}
+        values = {"format": "apr-shards", "version": 1, "dtype": {"<u2": "u16", "<u4": "u32"}[stored],
+                  "token_count": len(ids), "documents": 7,
+                  "vocab_size": V, "eos_id": 0, "tokenizer_sha256": "0" * 64,
+                  "shards": [{**entry, **e} for e in entries], **change}
+        files = {"shard-0000.bin": data,
+                 "manifest.json": json.dumps(values).encode() if manifest is None else manifest, **(extra or {})}
         for name, content in files.items():
             (path / name).write_bytes(content)
         return path
@@ -50,9 +43,12 @@ def shard_cases():
         return Case(row, "shards", what, write, code, says, cli)
 
     for value in (V, V + 1, 65535):
-        yield case("C3", f"u16 id {value}", shards(with_id(value)), says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value}")
+        yield case("C3",
+                   f"u16 id {value}",
+                   shards(with_id(value)), says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value}")
     for value in (-1, V, V + 1, 2**31 - 1, 2**31):
-        yield case("C3", f"u32 id {value}", shards(with_id(value), "<u4"), says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value % 2**32}",
+        yield case("C3", f"u32 id {value}", shards(with_id(value), "<u4"),
+                   says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value % 2**32}",
                    cli=value == -1)
     yield case("C3", "the last id", shards(with_id(V, -1)), says=f"token {len(IDS) - 1}")
     yield case("C3", "headerless", put("x.bin", with_id(2**31 - 1).astype("<u4").tobytes()), says="x.bin token 5")
@@ -65,26 +61,40 @@ def shard_cases():
     yield case("ENTROPY", "one id", shards(np.full(999, 7)), GATE, "GATE-CORPUS-ENTROPY", cli=True)
     yield case("ENTROPY", "51 % one id", shards([7] * 51 + list(range(49))), GATE, "GATE-CORPUS-ENTROPY")
     yield case("ENTROPY", "one id, headerless", put("x.bin", bytes(4000)), GATE, "GATE-CORPUS-ENTROPY")
-    for key, values in (("token_count", (-1, 0, 1999, 2**63, 10**400, True, 2000.0, "2000", None)), ("vocab_size", (0, -1, 10**12, 2**63, True, "300")),
-                        ("eos_id", (-1, V, 2**63, None, 0.0)), ("documents", ("x", None, True)), ("dtype", ("u8", "i16", 5, [])), ("version", (2, True, "1", None)),
-                        ("format", ("x", 5, None)), ("tokenizer_sha256", (5, None)), ("shards", ({}, "x", None, [5], [None]))):
+    for key, values in (("token_count", (-1, 0, 1999, 2**63, 10**400, True, 2000.0, "2000", None)),
+                        ("vocab_size", (0, -1, 10**12, 2**63, True, "300")),
+                        ("eos_id", (-1, V, 2**63, None, 0.0)), ("documents", ("x", None, True)),
+                        ("dtype", ("u8", "i16", 5, [])), ("version", (2, True, "1", None)),
+                        ("format", ("x", 5, None)), ("tokenizer_sha256", (5, None)),
+                        ("shards", ({}, "x", None, [5], [None]))):
         for value in values:
-            yield case("B3", f"{key} {str(value)[:9]!r}", shards(**{key: value}), cli=(key, value) == ("vocab_size", 10**12))
+            yield case("B3", f"{key} {str(value)[:9]!r}", shards(**{key: value}),
+                       cli=(key, value) == ("vocab_size", 10**12))
     for key, values in (("tokens", (-1, 0, 1999, 10**400, True, "2000")), ("sha256", (5, None))):
         for value in values:
             yield case("B3", f"shard's {key} {str(value)[:9]!r}", shards(entries=[{key: value}]))
     yield case("B6", "u16 said to be u32", shards(dtype="u32"), says="2000 tokens")
     yield case("B6", "u32 said to be u16", shards(stored="<u4", dtype="u16"), says="2000 tokens")
-    for name in ("../x.bin", "/etc/passwd", "a/../../b.bin", "a/b.bin", "..", ".", "", "a\0b", "n" * 300, "é.bin", "a\nb", ".hidden.bin", 5, None):
-        yield case("B10", f"shard named {str(name)[:15]!r}", shards(entries=[{"file": name}]), says="manifest.json", cli=name == "../x.bin")
+    for name in ("../x.bin", "/etc/passwd", "a/../../b.bin", "a/b.bin", "..", ".", "", "a\0b", "n" * 300, "é.bin",
+                 "a\nb", ".hidden.bin", 5, None):
+        yield case("B10", f"shard named {str(name)[:15]!r}", shards(entries=[{"file": name}]), says="manifest.json",
+                   cli=name == "../x.bin")
     yield case("B10", "a shard twice", shards(entries=[{}, {}], token_count=2 * len(IDS)), says="each once")
-    yield case("B10", "a shard that is not there", shards(entries=[{"file": "shard-0001.bin"}]), NOT_FOUND, "shard-0001.bin")
-    yield case("A8", "an id changed", lambda f: put("shard-0000.bin", with_id(6).astype("<u2").tobytes())(shards()(f)).parent, INTEGRITY, "SHA-256", cli=True)
-    yield case("C4", "another tokenizer beside them", shards(extra={"tokenizer.json": json.dumps(tokenizer()).encode()}), says="of this tokenizer", cli=True)
+    yield case("B10", "a shard that is not there", shards(entries=[{"file": "shard-0001.bin"}]), NOT_FOUND,
+               "shard-0001.bin")
+    yield case("A8",
+               "an id changed",
+               lambda f: put("shard-0000.bin", with_id(6).astype("<u2").tobytes())(shards()(f)).parent, INTEGRITY,
+               "SHA-256", cli=True)
+    yield case("C4",
+               "another tokenizer beside them", shards(extra={"tokenizer.json": json.dumps(tokenizer()).encode()}),
+               says="of this tokenizer", cli=True)
     for n in range(0, 300, 7):
-        yield case("B1", f"manifest cut to {n} bytes", lambda folder, n=n: cut(shards()(folder), "manifest.json", n), says="manifest.json")
+        yield case("B1", f"manifest cut to {n} bytes", lambda folder, n=n: cut(shards()(folder), "manifest.json", n),
+                   says="manifest.json")
     for n in (1, 2, 1998, 3998, 3999):
-        yield case("B1", f"shard cut to {n} bytes", lambda folder, n=n: cut(shards()(folder), "shard-0000.bin", n), says="shard-0000.bin", cli=n == 1998)
+        yield case("B1", f"shard cut to {n} bytes", lambda folder, n=n: cut(shards()(folder), "shard-0000.bin", n),
+                   says="shard-0000.bin", cli=n == 1998)
     yield case("B14", "two more tokens", shards(tail=bytes(4)), says="2002")
     for what, text in BAD_JSON.items():
         yield case("B8", f"manifest: {what}", shards(manifest=b'{"format": ' + text + b"}"), says="manifest.json")
@@ -95,93 +105,13 @@ def shard_cases():
                 (path / name).unlink()
                 write(path)
                 return path
-            yield case("B13", f"{name} is {what}", inside, says=name, cli=(name, what) in (("manifest.json", "FIFO"), ("shard-0000.bin", "/dev/zero")))
+            yield case("B13", f"{name} is {what}", inside, says=name, cli=(name, what) in (("manifest.json", "FIFO"),
+                    ("shard-0000.bin", "/dev/zero")))
 
 
 def cut(path, name, n):
     (path / name).write_bytes((path / name).read_bytes()[:n])
     return path
-
-
-def json_file(**change):
-    """A `write` of the good tokenizer.json, changed; `model` is merged."""
-    def write(folder):
-        values = {**tokenizer(), **change}
-        if isinstance(change.get("model"), dict):
-            values["model"] = {**tokenizer()["model"], **change["model"]}
-        return put("tokenizer.json", json.dumps(values).encode())(folder)
-    return write
-
-
-def vocab_file(change, name="vocab.json"):
-    """A `write` of GPT-2's pair of files, vocabulary changed; the path is their folder, whose name is the file's at fault."""
-    def write(folder):
-        path = folder / name
-        path.mkdir()
-        model = tokenizer()["model"]
-        (path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]), encoding="utf-8")
-        (path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-        change(path, model["vocab"])
-        return path
-    return write
-
-
-def vocab_with(edit):
-    """vocab_file whose vocabulary is what `edit` makes of the good one."""
-    return vocab_file(lambda path, vocab: put("vocab.json", json.dumps(edit(dict(vocab))).encode())(path))
-
-
-def tokenizer_cases():
-    def case(row, what, write, code=FORMAT, says="", cli=False):
-        return Case(row, "tokenizer", what, write, code, says, cli)
-
-    def hexed(vocab):
-        return {"".join(f"\\x{b:02x}" for b in k.encode()): v for k, v in vocab.items()}
-
-    yield case("HEXVOCAB", "hexadecimal", lambda f: vocab_file(lambda p, v: (put("vocab.json", json.dumps(hexed(v)).encode())(p), put("merges.txt", b"")(p)))(f),
-               says="hexadecimal", cli=True)
-    yield case("HEXVOCAB", "hexadecimal with merges", vocab_with(hexed))
-    yield case("HEXVOCAB", "one letter missing", vocab_with(lambda v: {k: i for k, i in v.items() if k != "Q"}), says="1 of them")
-    good = tokenizer
-    yield case("C1", "ids to 2^32-1", json_file(model={"vocab": {**good()["model"]["vocab"], "zzz": 2**32 - 1}}), says=str(2**32 - 1))
-    yield case("C1", "ids to 2^31-1", vocab_with(lambda v: {**v, "zzz": 2**31 - 1}), says=str(2**31 - 1), cli=True)
-    yield case("C1", "an id of 2^31", vocab_with(lambda v: {**v, "zzz": 2**31}))
-    yield case("B7", "two tokens of one id", json_file(model={"vocab": {**good()["model"]["vocab"], "zzz": 5}}), says="each for one token")
-    yield case("B7", "a token twice", vocab_file(lambda p, v: put("vocab.json", json.dumps(v).encode()[:-1] + b', "the": 9, "the": 9}')(p)), says="twice")
-    for what, model in (("id -1", {"vocab": {"a": -1}}), ("id true", {"vocab": {"a": True}}), ("id 2^32", {"vocab": {"a": 2**32}}), ("id text", {"vocab": {"a": "1"}}),
-                        ("empty vocabulary", {"vocab": {}, "merges": []}), ("merge of unknown", {"merges": [["qq", "zz"]]}), ("merge of three", {"merges": [["a", "b", "c"]]}),
-                        ("merges are numbers", {"merges": [5]}), ("unknown token missing", {"unk_token": "nope", "vocab": {"a": 0}, "merges": []}),
-                        ("prefix, a panic", {"continuing_subword_prefix": "####"}), ("prefix inside a letter, a panic", {"continuing_subword_prefix": "é"}),
-                        ("dropout", {"dropout": 0.5}), ("dropout 2", {"dropout": 2.0}), ("model of no kind", {"type": "X"})):
-        yield case("B8", what, json_file(model=model), cli=what == "prefix, a panic")
-    whole = {"WordLevel": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}, "Unigram": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None},
-             "Unigram, empty": {"type": "Unigram", "vocab": [], "unk_id": 0},
-             "WordPiece": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 9}, "null": None}
-    for what, value in whole.items():
-        yield case("B8", f"model {what}", lambda f, value=value: put("tokenizer.json", json.dumps({**good(), "model": value}).encode())(f))
-    double = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}] * 24}
-    undouble = {"type": "Sequence", "decoders": [good()["decoder"]] + [{"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}] * 24}
-    for what, change in (("text doubled 24 times", {"normalizer": double}), ("decoded text doubled 24 times", {"decoder": undouble}),
-                         ("a megabyte put first", {"normalizer": {"type": "Prepend", "prepend": "x" * 2**20}})):
-        yield case("B9", what, json_file(**change), says="1024", cli="normalizer" in change and "doubled" in what)
-    for what, change in (("charsmap, a panic", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}), ("no decoder", {"decoder": None}),
-                         ("lowercase", {"normalizer": {"type": "Lowercase"}}), ("bad pattern", {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(((("}, "behavior": "Isolated", "invert": False}}),
-                         ("version", {"version": "9.0"}), ("a field more", {"more": 1}), ("no end of text", {"added_tokens": [], "model": {"vocab": {k: v for k, v in good()["model"]["vocab"].items() if "endof" not in k}}})):
-        yield case("C4", what, json_file(**change))
-    for what, text in BAD_JSON.items():
-        yield case("B8", what, lambda f, text=text: put("tokenizer.json", json.dumps(good()).encode()[:-1] + b', "truncation": ' + text + b"}")(f))
-        yield case("B8", f"vocab.json: {what}", vocab_file(lambda p, v, text=text: put("vocab.json", b'{"a": ' + text + b"}")(p)))
-    for text in (b"[]", b"5", b"null", b'"x"', b"{}"):
-        yield case("B8", f"tokenizer.json {text!r}", put("tokenizer.json", text))
-        yield case("B8", f"vocab.json {text!r}", vocab_file(lambda p, v, text=text: put("vocab.json", text)(p)))
-    for what, text in (("three symbols", b"a b c\n"), ("one symbol", b"a\n"), ("unknown symbol", b"qq zz\n"), ("not UTF-8", b"a \xff\n"), ("merge of nothing known", "t Q\n".encode())):
-        yield case("B6", f"merges.txt: {what}", vocab_file(lambda p, v, text=text: put("merges.txt", text)(p), "merges.txt"), says="merges.txt")
-    yield case("B15", "no merges.txt", vocab_file(lambda p, v: (p / "merges.txt").unlink()), NOT_FOUND, "merges.txt")
-    text = json.dumps(good()).encode()
-    for n in range(0, len(text), 97):
-        yield case("B1", f"cut to {n} bytes", put("tokenizer.json", text[:n]))
-    for what, write in special_files("tokenizer.json").items():
-        yield case("B13", what, write, NOT_FOUND if what == "folder" else FORMAT, cli=what == "/dev/zero")
 
 
 def text_cases():
@@ -194,10 +124,13 @@ def text_cases():
     yield case("C9", "UTF-16", "x.txt", "hello".encode("utf-16"))
     yield case("C9", "zero byte", "x.txt", b"hello\0", "offset 5")
     yield case("C9", "empty", "x.txt", b"", "empty")
-    yield case("C9", "a line of 16 MB", "x.jsonl", lambda: b'{"content": "' + b"a" * MAX_LINE + b'"}\n', f"at most {MAX_LINE} bytes", cli=True)
+    yield case("C9", "a line of 16 MB", "x.jsonl", lambda: b'{"content": "' + b"a" * MAX_LINE + b'"}\n',
+               f"at most {MAX_LINE} bytes", cli=True)
     first = b'{"content": "x"}\n'
-    for what, line in (("a list", b"[]"), ("a number", b"5"), ("no content", b'{"text": "x"}'), ("content null", b'{"content": null}'), ("content a number", b'{"content": 5}'),
-                       *((w, b'{"content": ' + t + b"}") for w, t in BAD_JSON.items() if w != "key twice"), ("key twice", b'{"content": "x", "content": "y"}')):
+    for what, line in (("a list", b"[]"), ("a number", b"5"), ("no content", b'{"text": "x"}'),
+                       ("content null", b'{"content": null}'), ("content a number", b'{"content": 5}'),
+                       *((w, b'{"content": ' + t + b"}") for w, t in BAD_JSON.items() if w != "key twice"),
+                       ("key twice", b'{"content": "x", "content": "y"}')):
         yield case("B8", f"JSONL: {what}", "x.jsonl", first + line + b"\n", "x.jsonl line 2", cli=what == "no content")
     for name in ("x.txt", "x.jsonl"):
         for what, write in special_files(name).items():
@@ -224,10 +157,13 @@ def corpus_cases():
     size = max(tokenizer()["model"]["vocab"].values()) + 1
     yield case("C1", "a tokenizer of more ids than the model", GATE, "GATE-ARCH-370M-011", corpus(vocab=270), cli=True)
     yield case("C1", "one id fewer", GATE, "GATE-ARCH-370M-011", corpus(vocab=size - 1))
-    yield case("C4", "shards of another tokenizer", FORMAT, "manifest.json: expected shards of this tokenizer", corpus(shards(), dataset="shards"))
-    yield case("ENTROPY", "shards of one id", GATE, "x.bin", corpus(put("x.bin", bytes(4000)), dataset="x.bin"), cli=True)
-    yield case("C5", "too short to hold anything out", CONFIG, "tokens", corpus(put("x.txt", b"short"), dataset="x.txt"))
+    yield case("C4", "shards of another tokenizer", FORMAT, "manifest.json: expected shards of this tokenizer",
+               corpus(shards(), dataset="shards"))
+    yield case("ENTROPY", "shards of one id", GATE, "x.bin", corpus(put("x.bin", bytes(4000)), dataset="x.bin"),
+               cli=True)
+    yield case("C5", "too short to hold anything out", CONFIG, "tokens",
+               corpus(put("x.txt", b"short"), dataset="x.txt"))
 
 
 def cases():
-    return [*shard_cases(), *tokenizer_cases(), *text_cases(), *corpus_cases()]
+    return [*shard_cases(), *text_cases(), *corpus_cases()]

@@ -50,13 +50,15 @@ def poked(name, *values, dtype=np.float32):
 def model(change=lambda out: None, config=MODEL, **metadata):
     """A `write` of an .apr file of this model, tensors and metadata changed."""
     def write(folder):
-        write_apr(folder / "model.apr", changed(change, config), {**model_metadata(config, "x", None, None), **metadata})
+        known = model_metadata(config, "x", None, None)
+        write_apr(folder / "model.apr", changed(change, config), {**known, **metadata})
         return folder / "model.apr"
     return write
 
 
 TENSORS = {  # row, change, configuration, what the message says
-    "missing bias": ("B15", lambda a: a.pop(BIAS), MODEL, BIAS), "missing norm": ("B15", lambda a: a.pop(NORM), MODEL, NORM),
+    "missing bias": ("B15", lambda a: a.pop(BIAS), MODEL, BIAS),
+    "missing norm": ("B15", lambda a: a.pop(NORM), MODEL, NORM),
     "extra tensor": ("B15", lambda a: a.update(extra=np.zeros(3, np.float32)), MODEL, "'extra'"),
     "renamed": ("B15", lambda a: a.update({"model.norm.gamma": a.pop(NORM)}), MODEL, NORM),
     "bias of a model without": ("B15", lambda a: a.update({BIAS: np.zeros(8, np.float32)}), UNTIED, BIAS),
@@ -66,21 +68,26 @@ TENSORS = {  # row, change, configuration, what the message says
     "one row more": ("B6", lambda a: a.update({EMBED: np.zeros((17, 8), np.float32)}), MODEL, EMBED),
     "flat": ("B6", lambda a: a.update({EMBED: a[EMBED].reshape(-1)}), MODEL, EMBED),
     "whole numbers": ("B6", lambda a: a.update({NORM: np.ones(8, np.int32)}), MODEL, NORM),
-    "NaN": ("B16", poked(NORM, 1, 1, np.nan), MODEL, "nan at element 2"), "Inf": ("B16", poked(NORM, np.inf), MODEL, "inf at element 0"),
-    "Inf and -Inf": ("B16", poked(NORM, np.inf, -np.inf), MODEL, NORM), "1e300": ("B16", poked(NORM, 1e300, dtype=np.float64), MODEL, NORM),
+    "NaN": ("B16", poked(NORM, 1, 1, np.nan), MODEL, "nan at element 2"),
+           "Inf": ("B16", poked(NORM, np.inf), MODEL, "inf at element 0"),
+    "Inf and -Inf": ("B16", poked(NORM, np.inf, -np.inf), MODEL, NORM),
+           "1e300": ("B16", poked(NORM, 1e300, dtype=np.float64), MODEL, NORM),
 }
 
 
 def model_cases():
     for what, (row, change, config, says) in TENSORS.items():
-        yield Case(row, "model", what, model(change, config), FORMAT, says, cli=what in ("missing bias", "NaN", "Inf and -Inf"))
+        yield Case(row, "model", what, model(change, config), FORMAT, says,
+                   cli=what in ("missing bias", "NaN", "Inf and -Inf"))
     hf = to_hf(MODEL)
-    contradictions = {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "num_layers": 2, "rope_type": 0, "head_dim": 8, "vocab_size": "16",
+    contradictions = {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "num_layers": 2, "rope_type": 0, "head_dim": 8,
+                      "vocab_size": "16",
                       "architecture": "llama", "param_count": 1}
     for key, value in contradictions.items():
         yield Case("B15", "model", f"{key} {value!r} beside another in hf_config", model(**{key: value}), FORMAT, key)
     for what, value, code, says in (
-            ("is a text", "llama", CONFIG, "JSON object"), ("true for a size", {**hf, "hidden_size": True}, CONFIG, "hidden_size"),
+            ("is a text", "llama", CONFIG, "JSON object"), ("true for a size", {**hf, "hidden_size": True}, CONFIG,
+                                                            "hidden_size"),
             ("2^31-1 layers", {**hf, "num_hidden_layers": 2**31 - 1}, CONFIG, "num_hidden_layers"),
             ("no theta", {k: v for k, v in hf.items() if k != "rope_theta"}, CONFIG, "rope_theta")):
         yield Case("B8", "model", f"hf_config {what}", model(hf_config=value), code, says, cli=what == "2^31-1 layers")
@@ -112,10 +119,13 @@ def checkpoint(seal=True, **files):
         content = dict(checkpoint_files())
         for stem, value in files.items():
             name = next(n for n in content if n.startswith(stem))
-            content[name] = value() if callable(value) else value if isinstance(value, bytes) else json.dumps(value).encode()
+            content[name] = value() if callable(value) else value if isinstance(value,
+                                                                                bytes) else json.dumps(value).encode()
         if seal:
-            listed = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in content.items() if n != "manifest.json"}
-            content["manifest.json"] = json.dumps({**json.loads(checkpoint_files()["manifest.json"]), "files": listed}).encode()
+            listed = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n,
+                      d in content.items() if n != "manifest.json"}
+            content["manifest.json"] = json.dumps({**json.loads(checkpoint_files()["manifest.json"]),
+                                                   "files": listed}).encode()
         for name, data in content.items():
             (path / name).write_bytes(data)
         return path
@@ -137,34 +147,48 @@ def checkpoint_cases():
 
     hf, manifest = to_hf(MODEL), {"format": "apr-checkpoint", "version": 1, "step": 1}
     for what, change, code, says in (
-            ("no theta", {"rope_theta": None}, CONFIG, "rope_theta"), ("no eps", {"rms_norm_eps": None}, CONFIG, "rms_norm_eps"),
-            ("encoder", {"model_type": "bert"}, CONFIG, "ARCH-007"), ("misspelt eps", {"rms_norm_epsilon": 1e-5}, CONFIG, "'rms_norm_eps'"),
-            ("another size", {"hidden_size": 4, "head_dim": 2}, FORMAT, "shape [16, 4]"), ("another family", {"model_type": "llama"}, FORMAT, BIAS)):
-        yield case("H3", f"config.json: {what}", checkpoint(config={**hf, **change}), code, says, cli=what in ("encoder", "misspelt eps"))
-    yield case("B8", "config.json: NaN eps", checkpoint(config=json.dumps({**hf, "rms_norm_eps": float("nan")}).encode()), says="config.json", cli=True)
-    yield case("B8", "config.json: true for a size", checkpoint(config={**hf, "hidden_size": True}), CONFIG, "hidden_size")
+            ("no theta", {"rope_theta": None}, CONFIG, "rope_theta"), ("no eps", {"rms_norm_eps": None}, CONFIG,
+                                                                       "rms_norm_eps"),
+            ("encoder", {"model_type": "bert"}, CONFIG, "ARCH-007"), ("misspelt eps", {"rms_norm_epsilon": 1e-5},
+                                                                      CONFIG, "'rms_norm_eps'"),
+            ("another size", {"hidden_size": 4, "head_dim": 2}, FORMAT, "shape [16, 4]"),
+                                     ("another family", {"model_type": "llama"}, FORMAT, BIAS)):
+        yield case("H3", f"config.json: {what}", checkpoint(config={**hf, **change}), code, says,
+                   cli=what in ("encoder", "misspelt eps"))
+    yield case("B8", "config.json: NaN eps", checkpoint(config=json.dumps({**hf,
+                                                                           "rms_norm_eps": float("nan")}).encode()),
+               says="config.json", cli=True)
+    yield case("B8", "config.json: true for a size", checkpoint(config={**hf, "hidden_size": True}), CONFIG,
+               "hidden_size")
     yield case("B16", "NaN weight", checkpoint(model=tensors(poked(NORM, np.nan))), says=NORM, cli=True)
     yield case("B15", "missing bias", checkpoint(model=tensors(lambda a: a.pop(BIAS))), says=BIAS)
-    yield case("B15", "moments of another model", checkpoint(optimizer=tensors(lambda a: None)), says="optimizer.safetensors")
+    yield case("B15", "moments of another model", checkpoint(optimizer=tensors(lambda a: None)),
+               says="optimizer.safetensors")
     for name in ("config", "model", "optimizer", "state"):
         cut = checkpoint_files()[next(n for n in checkpoint_files() if n.startswith(name))][:-1]
-        yield case("A8", f"{name} cut, manifest not", checkpoint(False, **{name: cut}), INTEGRITY, name, cli=name == "model")
+        yield case("A8", f"{name} cut, manifest not", checkpoint(False, **{name: cut}), INTEGRITY, name,
+                   cli=name == "model")
         yield case("B1", f"{name} cut, manifest too", checkpoint(**{name: cut}), says=name)
         yield case("B1", f"{name} empty, manifest too", checkpoint(**{name: b""}), says=name)
     for key in STATE:
-        yield case("B15", f"state.json without {key}", checkpoint(state={k: v for k, v in STATE.items() if k != key}), says="state.json")
+        yield case("B15", f"state.json without {key}", checkpoint(state={k: v for k, v in STATE.items() if k != key}),
+                   says="state.json")
     yield case("B15", "state.json of another step", checkpoint(state={**STATE, "step": 2}), says="state.json")
     for what, text in BAD_JSON.items():
         for name in ("state", "config"):
             yield case("B8", f"{name}.json: {what}", checkpoint(**{name: b'{"step": ' + text + b"}"}), says=name)
-    files = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in checkpoint_files().items() if n != "manifest.json"}
-    for name, code in (("../x", FORMAT), ("/etc/passwd", FORMAT), ("a/../../b", FORMAT), ("..", INTEGRITY), ("", INTEGRITY), ("a\0", INTEGRITY)):
+    files = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n,
+             d in checkpoint_files().items() if n != "manifest.json"}
+    for name, code in (("../x", FORMAT), ("/etc/passwd", FORMAT), ("a/../../b", FORMAT), ("..", INTEGRITY),
+                       ("", INTEGRITY), ("a\0", INTEGRITY)):
         listed = {**files, name: {"size": 1, "sha256": ""}}
-        yield case("B10", f"manifest lists {name!r}", checkpoint(False, manifest={**manifest, "files": listed}), code, cli=name == "../x")
+        yield case("B10", f"manifest lists {name!r}", checkpoint(False, manifest={**manifest, "files": listed}), code,
+                   cli=name == "../x")
     listed = {**files, "n" * 300: {"size": 1, "sha256": ""}}
-    yield case("B10", "manifest lists a name of 300 bytes", checkpoint(False, manifest={**manifest, "files": listed}), INTEGRITY,
-               known="Path.is_file raises OSError for it, in apr/train/checkpoint.py")
-    for what, value in (("no files", {}), ("files a list", []), ("entries are numbers", dict.fromkeys(files, 5)), ("sizes true", dict.fromkeys(files, {"size": True}))):
+    yield case("B10", "manifest lists a name of 300 bytes", checkpoint(False, manifest={**manifest, "files": listed}),
+               INTEGRITY, known="Path.is_file raises OSError for it, in apr/train/checkpoint.py")
+    for what, value in (("no files", {}), ("files a list", []), ("entries are numbers", dict.fromkeys(files, 5)),
+                        ("sizes true", {name: {"size": True} for name in files})):
         code = FORMAT if what in ("no files", "files a list") else INTEGRITY
         yield case("B4", f"manifest: {what}", checkpoint(False, manifest={**manifest, "files": value}), code)
     for change in ({"format": "x"}, {"version": 2}, {"step": 2}):

@@ -33,7 +33,8 @@ def apr_bytes(entries=ENTRIES, data=A + B, meta=b'{"name": "x"}', good_crc=True,
     """An .apr file made from the table in the format's description, with any field of its header changed."""
     index = b"".join(entries)
     index_at = up(64 + len(meta))
-    f = {"magic": b"APR\0", "version": (2, 0), "flags": 1024, "count": len(entries), "meta_at": 64, "meta_size": len(meta),
+    f = {"magic": b"APR\0", "version": (2, 0), "flags": 1024, "count": len(entries), "meta_at": 64,
+         "meta_size": len(meta),
          "index_at": index_at, "data_at": up(index_at + len(index)), "reserved": bytes(20), **change}
     head = struct.pack("<4sBBHIQIQQ", f["magic"], *f["version"], f["flags"], f["count"], f["meta_at"], f["meta_size"],
                        f["index_at"], f["data_at"])
@@ -49,7 +50,8 @@ def st_bytes(header, data=bytes(29), length=None):
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-ST = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "b": {"dtype": "U8", "shape": [5], "data_offsets": [24, 29]}}
+ST = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+      "b": {"dtype": "U8", "shape": [5], "data_offsets": [24, 29]}}
 
 
 def st_with(data=bytes(29), **fields):
@@ -68,10 +70,16 @@ def special_files(name):
             s.bind(os.path.relpath(path))
 
     makers = {
-        "pickle": lambda p: p.write_bytes(pickle.dumps({"weight": [1.0]})), "zip": archive,
-        "LFS pointer": lambda p: p.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12\n"),
-        "HTML": lambda p: p.write_text("<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n"), "empty": lambda p: p.touch(),
-        "FIFO": os.mkfifo, "/dev/zero": lambda p: p.symlink_to("/dev/zero"), "folder": lambda p: p.mkdir(), "socket": socket_at}
+        "pickle": lambda p: p.write_bytes(pickle.dumps({"weight": [1.0]})),
+        "zip": archive,
+        "LFS pointer": lambda p: p.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\n"),
+        "HTML": lambda p: p.write_text("<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n"),
+        "empty": lambda p: p.touch(),
+        "FIFO": os.mkfifo,
+        "/dev/zero": lambda p: p.symlink_to("/dev/zero"),
+        "folder": lambda p: p.mkdir(),
+        "socket": socket_at,
+    }
 
     def made(maker):
         def write(folder):
@@ -89,8 +97,11 @@ def appended(name, data):
 
 BAD_JSON = {
     "NaN": b"NaN", "Infinity": b"Infinity", "-Infinity": b"-Infinity", "1e999": b"1e999", "5000 digits": b"9" * 5000,
-    "200k levels": b"[" * 200_000, "100 levels": b"[" * 100 + b"]" * 100, "lone surrogate": b'"\\ud800"', "not UTF-8": b'"\xff"',
-    "key twice": b'{"k": 1, "k": 2}', "no JSON": b"'x'", "cut": b'{"k": ', "too many lists": b"[" + b"[]," * 300_000 + b"[]]"}
+    "200k levels": b"[" * 200_000, "100 levels": b"[" * 100 + b"]" * 100,
+            "too many lists": b"[" + b"[]," * 300_000 + b"[]]",
+    "lone surrogate": b'"\\ud800"', "not UTF-8": b'"\xff"', "key twice": b'{"k": 1, "k": 2}', "no JSON": b"'x'",
+    "cut": b'{"k": ',
+}
 
 
 def apr_cases():
@@ -109,30 +120,37 @@ def apr_cases():
         yield case("B3", f"{n} tensors", apr_bytes(count=n))
     yield case("B3", "a name of 65535 bytes in a short index", apr_bytes([b"\xff\xff" + ENTRIES[0][2:], ENTRIES[1]]))
     yield Case("B3", "apr", "128 MB of index for two tensors", sparse_index, FORMAT, cli=True)
-    for what, second in (("overlap", (0, 5)), ("hole", (128, 5)), ("past the end", (64, 69)), ("offset 2^64-64", (2**64 - 64, 5)),
-                         ("bytes 2^64-1", (64, 2**64 - 1)), ("unaligned", (72, 5)), ("empty beyond the end", (192, 0))):
+    for what, second in (("overlap", (0, 5)), ("hole", (128, 5)), ("past the end", (64, 69)),
+                         ("offset 2^64-64", (2**64 - 64, 5)), ("bytes 2^64-1", (64, 2**64 - 1)),
+                         ("unaligned", (72, 5)), ("empty beyond the end", (192, 0))):
         dims = (second[1],) if second[1] < 2**63 else (5,)
         yield case("B4", what, apr_bytes([ENTRIES[0], entry(b"b", 7, dims, *second)]), cli=what == "overlap")
     yield case("B4", "data without tensors", apr_bytes([]))
-    for what, dims, nbytes in (("wraps to 16 bytes", WRAPS, 16), ("wraps to 0", (2**32, 2**30), 0), ("2^63", (2**63,), 0),
-                               ("empty, yet too large", (0, 2**62), 0), ("2^64-1", (2**64 - 1,), 24), ("too few dims", (6, 1), 28)):
+    for what, dims, nbytes in (("wraps to 16 bytes", WRAPS, 16), ("wraps to 0", (2**32, 2**30), 0),
+                               ("2^63", (2**63,), 0), ("empty, yet too large", (0, 2**62), 0),
+                               ("2^64-1", (2**64 - 1,), 24),
+                               ("too few dims", (6, 1), 28)):
         yield case("B5", what, apr_bytes([entry(b"a", 0, dims, 0, nbytes), ENTRIES[1]]), cli=dims == WRAPS)
     for ndim in (0, 1, 9, 255):
         yield case("B5", f"{ndim} sizes", apr_bytes([entry(b"a", 0, (2, 3), 0, 24, ndim), ENTRIES[1]]))
     for n in (-3, -2, -1, 1, 2, 3):
         yield case("B6", f"{24 + n} bytes for F32 [2, 3]", apr_bytes([entry(b"a", 0, (2, 3), 0, 24 + n), ENTRIES[1]]))
-    for code, says in ((2, "dtype 2"), (31, "dtype 31"), (255, "dtype 255"), (8, "AprQ4"), (9, "AprQ8"), (12, "Q4_K"), (14, "Q6_K"),
-                       (128, "AprQ4"), (129, "AprQ8")):
-        yield case("B6", f"dtype {code}", apr_bytes([entry(b"a", code, (2, 3), 0, 24), ENTRIES[1]]), says=says, cli=code == 8)
+    for code, says in ((2, "dtype 2"), (31, "dtype 31"), (255, "dtype 255"), (8, "AprQ4"), (9, "AprQ8"), (12, "Q4_K"),
+                       (14, "Q6_K"), (128, "AprQ4"), (129, "AprQ8")):
+        yield case("B6", f"dtype {code}", apr_bytes([entry(b"a", code, (2, 3), 0, 24), ENTRIES[1]]), says=says,
+                   cli=code == 8)
     yield case("B6", "another version", apr_bytes(version=(2, 1)), says="2.1")
     yield case("B6", "version 1", apr_bytes(magic=b"APRN"), says="version 1")
     yield case("B6", "reserved bytes", apr_bytes(reserved=b"\1" + bytes(19)))
     for bit in (1, 2, 4, 8, 16, 64, 256, 2048, 32768):
         yield case("B6", f"flag {bit}", apr_bytes(flags=1024 | bit))
     yield case("B6", "not row-major", apr_bytes(flags=0))
-    for what, names in (("twice", (b"a", b"a")), ("not sorted", (b"b", b"a")), ("empty", (b"", b"a")), ("zero byte", (b"a\0", b"b")),
-                        ("not UTF-8", (b"a\xfe", b"a\xff")), ("surrogate", (b"\xed\xa0\x80", b"\xee\x80\x80")), ("257 bytes", (b"a" * 257, b"b"))):
-        yield case("B7", f"name {what}", apr_bytes([entry(names[0], 0, (2, 3), 0, 24), entry(names[1], 7, (5,), 64, 5)]), cli=what == "twice")
+    for what, names in (("twice", (b"a", b"a")), ("not sorted", (b"b", b"a")), ("empty", (b"", b"a")),
+                        ("zero byte", (b"a\0", b"b")), ("not UTF-8", (b"a\xfe", b"a\xff")),
+                        ("surrogate", (b"\xed\xa0\x80", b"\xee\x80\x80")),
+                        ("257 bytes", (b"a" * 257, b"b"))):
+        yield case("B7", f"name {what}", apr_bytes([entry(names[0], 0, (2, 3), 0, 24),
+                                                    entry(names[1], 7, (5,), 64, 5)]), cli=what == "twice")
     for what, text in BAD_JSON.items():
         yield case("B8", f"metadata: {what}", apr_bytes(meta=b'{"x": ' + text + b"}"), cli=what == "200k levels")
     yield case("B8", "5 million lists", lambda: apr_bytes(meta=b'{"x": [' + b"[]," * 5_000_000 + b"[]]}"), cli=True)
@@ -142,7 +160,8 @@ def apr_cases():
         yield Case("B13", "apr", what, write, FORMAT, cli=what == "FIFO")
     for what, write in appended("x.apr", good).items():
         yield Case("B14", "apr", what, write, FORMAT, cli=what == "1 more bytes")
-    for what, data in (("after the metadata", good[:100] + b"\1" + good[101:]), ("after the index", good[:230] + b"\1" + good[231:]),
+    for what, data in (("after the metadata", good[:100] + b"\1" + good[101:]),
+                       ("after the index", good[:230] + b"\1" + good[231:]),
                        ("after a tensor", good[:-40] + b"\1" + good[-39:])):
         yield case("B14", f"bytes in the padding {what}", data[:-4] + struct.pack("<I", zlib.crc32(data[:-4])))
     for name, says in (("a\nb\x1b[2J.apr", "\\x0a"), ("é\u202e.apr", "")):
@@ -167,17 +186,22 @@ def safetensors_cases():
         yield case("B1", f"cut to {n} bytes", good[:n], cli=n == 50)
     for n in (0, 7, len(good) - 7, len(good) + 1, 100_000_001, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1):
         yield case("B2", f"header of {n} bytes", st_bytes(ST, length=n), cli=n == 2**63 - 1)
-    for what, start, end in (("overlap", 0, 20), ("hole", 4, 28), ("reversed", 24, 0), ("past the end", 24, 48), ("negative", -24, 0),
-                             ("2^64", 2**64, 2**64 + 24), ("4000 digits", 10**4000, 10**4000 + 24)):
+    for what, start, end in (("overlap", 0, 20), ("hole", 4, 28), ("reversed", 24, 0), ("past the end", 24, 48),
+                             ("negative", -24, 0), ("2^64", 2**64, 2**64 + 24),
+                             ("4000 digits", 10**4000, 10**4000 + 24)):
         yield case("B4", what, st_with(data_offsets=[start, end]), cli=what == "reversed")
     for value in ([True, 24], [0.0, 24.0], ["0", "24"], [0], [0, 24, 24], None, {}, 24, "ab", [[0], [24]]):
         yield case("B4", f"offsets {value!r}", st_with(data_offsets=value))
-    for what, shape in (("wraps", list(WRAPS)), ("zeros", [0, 2**62]), ("2^63", [2**63]), ("nine", [1] * 7 + [2, 3]), ("text", "6"),
-                        ("bool", [True, 6]), ("float", [6.0]), ("negative", [-2, -3]), ("huge", [10**4000, 10**4000]), ("null", None)):
+    for what, shape in (("wraps", list(WRAPS)), ("zeros", [0, 2**62]), ("2^63", [2**63]), ("nine", [1] * 7 + [2, 3]),
+                        ("text", "6"), ("bool", [True, 6]), ("float", [6.0]), ("negative", [-2, -3]),
+                        ("huge", [10**4000, 10**4000]),
+                        ("null", None)):
         yield case("B5", what, st_with(shape=shape), cli=what == "wraps")
-    yield case("B5", "empty, yet too large", st_bytes({"a": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}, b""))
+    yield case("B5", "empty, yet too large", st_bytes({"a": {"dtype": "F32", "shape": [0, 2**62],
+                                                             "data_offsets": [0, 0]}}, b""))
     for n in (1, 2, 3):
-        yield case("B6", f"{n} bytes over", st_bytes({"a": {"dtype": "F32", "shape": [6], "data_offsets": [0, 24 + n]}}, bytes(24 + n)))
+        yield case("B6", f"{n} bytes over", st_bytes({"a": {"dtype": "F32", "shape": [6],
+                                                            "data_offsets": [0, 24 + n]}}, bytes(24 + n)))
     for dtype in ("F8_E4M3", "f32", "Q4_K", "", 0, None, [], {}, True):
         yield case("B6", f"dtype {dtype!r}", st_with(dtype=dtype))
     yield case("B6", "no shape", st_bytes({"a": {"dtype": "F32", "data_offsets": [0, 24]}}, bytes(24)))

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from apr.train.log import Event, to_line
 
@@ -24,8 +24,8 @@ class Display:
     def __init__(self, stream: TextIO) -> None:
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False), console=self.console, disable=not self.console.is_terminal)
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(), TextColumn("left"), console=self.console, disable=not self.console.is_terminal)
         self.task: TaskID | None = None
         self.steps = 0
         self.last_line = time.monotonic()
@@ -58,7 +58,7 @@ class Display:
             self.warn(f"resumed from {event['checkpoint']}")
 
     def _step(self, event: Event) -> None:
-        numbers = f"loss {event['train_loss']:.4f}  norm {event['grad_norm']:.2f}  lr {event['lr']:.1e}  {event['tokens_per_sec']:,.0f} tok/s"
+        numbers = f"loss {event['train_loss']:.4f} lr {event['lr']:.1e} {event['tokens_per_sec']:,.0f} tok/s"
         if self.console.is_terminal:
             if self.task is None:
                 self.progress.start()

@@ -25,7 +25,8 @@ class LMBatch:
         padding never counts (upstream trained on it). Raises ShapeError for no sequences or an empty one.
         """
         if not sequences or any(len(s) == 0 for s in sequences):
-            raise ShapeError("LMBatch.from_sequences", "one or more sequences of one or more tokens", "none or an empty one", "drop it")
+            raise ShapeError("LMBatch.from_sequences", "one or more sequences of one or more tokens",
+                             "none or an empty one", "drop it")
         t = max(max(len(s) for s in sequences) - 1, 1)
         inputs = np.full((len(sequences), t), pad_id, np.int32)
         targets = np.full((len(sequences), t), IGNORE, np.int32)

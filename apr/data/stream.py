@@ -1,9 +1,9 @@
-"""The order in which a corpus is trained on: shuffled documents, cut into rows; any batch is a pure function of its step.
+"""The order of training: shuffled documents, cut into rows; any batch is a pure function of its step.
 
-In epoch e the training documents are laid end to end in an order drawn from (seed, e), the line is cut into rows of tokens
-[r*T, r*T + T] (they overlap by one, so each token is predicted once), and the rows are taken in a second order drawn from
-(seed, e): without it a batch would be a piece of one long document. The held-out rows come from the head of the corpus,
-in its own order, and training starts at the token after them.
+In epoch e the training documents are laid end to end in an order drawn from (seed, e), the line is cut into rows of
+tokens [r*T, r*T + T] (they overlap by one, so each token is predicted once), and the rows are taken in a second order
+drawn from (seed, e): without it a batch would be a piece of one long document. The held-out rows come from the head of
+the corpus, in its own order, and training starts at the token after them.
 """
 
 import numpy as np
@@ -64,7 +64,8 @@ class TrainStream:
         return LMBatch.from_rows(np.stack([self.row(first_row + i) for i in range(rows)]))
 
 
-def heldout_batches(source: TokenSource, seq_length: int, batch_size: int, max_batches: int) -> tuple[list[LMBatch], int]:
+def heldout_batches(source: TokenSource, seq_length: int, batch_size: int,
+                    max_batches: int) -> tuple[list[LMBatch], int]:
     """Held-out batches from the head of the corpus, and the first token that may be trained on.
 
     At most max_batches * batch_size rows, and at most a tenth of the corpus. Raises ConfigError when not one row fits.

@@ -19,7 +19,7 @@ SOURCES_SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "id
 
 
 def standard_library(skipped: Counter[str]) -> Iterator[str]:
-    """The sources of this Python's standard library, without tests, tables and bundled packages: text that every machine has."""
+    """The sources of this Python's standard library, a text that every machine has; see SOURCES_SKIPPED."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = [p for p in root.rglob("*.py") if not SOURCES_SKIPPED & set(p.relative_to(root).parts[:-1])]
     for path in sorted(found, key=lambda p: p.relative_to(root).as_posix()):
@@ -27,10 +27,10 @@ def standard_library(skipped: Counter[str]) -> Iterator[str]:
 
 
 def documents(paths: list[Path], content_field: str, skipped: Counter[str]) -> Iterator[str]:
-    """The texts under `paths`: a file is one document (a JSONL or Parquet file one per row), a folder all its files, sorted.
+    """The texts under `paths`: a file is one document (JSONL and Parquet: one per row), a folder all its files, sorted.
 
-    `content_field` names the text in JSONL and Parquet rows; `skipped` counts, by reason, the files of folders that are no
-    text. Raises NotFoundError, FormatError naming file and offset or line, ConfigError for Parquet without pyarrow.
+    `content_field` names the text in JSONL and Parquet rows; `skipped` counts, by reason, the files of folders that are
+    no text. Raises NotFoundError, FormatError naming file and offset or line, ConfigError for Parquet without pyarrow.
     """
     for path in paths:
         if path.is_dir():
@@ -78,17 +78,19 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file. Raises FormatError with the offset of the first byte that is not text."""
     data = read_bytes(path, MAX_DOCUMENT)
     if b"\0" in data:
-        raise FormatError(str(path), "UTF-8 text", f"a zero byte at offset {data.index(0)}", "give text, or remove the file")
+        raise FormatError(str(path), "UTF-8 text", f"a zero byte at offset {data.index(0)}",
+                          "give text, or remove the file")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise FormatError(str(path), "UTF-8 text", f"byte 0x{data[e.start]:02x} at offset {e.start}", "convert the file to UTF-8") from None
+        raise FormatError(str(path), "UTF-8 text", f"byte 0x{data[e.start]:02x} at offset {e.start}",
+                          "convert the file to UTF-8") from None
 
 
 def _content(row: Any, content_field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(content_field), str):
-        raise FormatError(where, f"an object with text in '{content_field}'", type(row).__name__ if not isinstance(row, dict)
-                          else f"fields {', '.join(map(str, row))}"[:80], "set --content-field")
+        found = f"fields {', '.join(map(str, row))}"[:80] if isinstance(row, dict) else type(row).__name__
+        raise FormatError(where, f"an object with text in '{content_field}'", found, "set --content-field")
     return row[content_field]
 
 
@@ -107,12 +109,14 @@ def _parquet(path: Path, content_field: str) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ConfigError(str(path), "the 'parquet' extra for Parquet files", "no pyarrow", "pip install 'apr[parquet]'") from None
+        raise ConfigError(str(path), "the 'parquet' extra for Parquet files", "no pyarrow",
+                          "pip install 'apr[parquet]'") from None
     open_regular(path)[0].close()
     try:
         file = parquet.ParquetFile(path)
         if content_field not in file.schema_arrow.names:
-            raise FormatError(str(path), f"a column '{content_field}'", ", ".join(file.schema_arrow.names)[:80], "set --content-field")
+            raise FormatError(str(path), f"a column '{content_field}'", ", ".join(file.schema_arrow.names)[:80],
+                              "set --content-field")
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=[content_field]):
             for text in batch.column(0).to_pylist():

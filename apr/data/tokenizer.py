@@ -53,21 +53,24 @@ class Tokenizer:
         self.json = inner.to_str()  # not before: it makes a table as long as the largest id
         self.sha256 = hashlib.sha256(self.json.encode()).hexdigest()
         if getattr(inner.model, "dropout", None):
-            raise FormatError(where, "no dropout, which gives a text other tokens each time", str(inner.model.dropout), "set it to null")
+            raise FormatError(where, "no dropout, which gives a text other tokens each time", str(inner.model.dropout),
+                              "set it to null")
         missing = min(([b for b in spelling if b not in vocab] for spelling in BYTES), key=len)
         if missing:  # such bytes would vanish from every text
-            raise FormatError(where, "a token for each of the 256 bytes", f"none for {len(missing)} of them", BYTE_LEVEL)
+            raise FormatError(where, "a token for each of the 256 bytes", f"none for {len(missing)} of them",
+                              BYTE_LEVEL)
         if _growth(inner.normalizer) * _growth(inner.decoder) > MAX_GROWTH:
-            raise FormatError(where, f"replacements that lengthen a text at most {MAX_GROWTH} times", "more", "give a trained tokenizer")
+            raise FormatError(where, f"replacements that lengthen a text at most {MAX_GROWTH} times", "more",
+                              "give a trained tokenizer")
         self.eos_id = next((vocab[t] for t in END_OF_TEXT if t in vocab), None)
         back = self.decode(self.encode(PROBE))
         if back.strip() != PROBE.strip():
-            raise FormatError(where, "a tokenizer that gives any text back unchanged (byte-level BPE)", f"{PROBE[:20]!r}… came back as {back[:20]!r}…",
-                              BYTE_LEVEL)
+            raise FormatError(where, "a tokenizer that gives any text back unchanged (byte-level BPE)",
+                              f"{PROBE[:20]!r}… came back as {back[:20]!r}…", BYTE_LEVEL)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of exactly `vocab_size` entries (256 bytes and the end-of-text token included), if the text allows."""
+        """A byte-level BPE of `vocab_size` entries, 256 bytes and the end of text included; fewer for a short text."""
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -118,7 +121,8 @@ class Tokenizer:
     def require_eos(self) -> int:
         """The id that ends a document. Raises FormatError when the tokenizer has none."""
         if self.eos_id is None:
-            raise FormatError(self.where, "an end-of-text token: " + ", ".join(END_OF_TEXT), "none of them", "add one to the tokenizer")
+            raise FormatError(self.where, "an end-of-text token: " + ", ".join(END_OF_TEXT), "none of them",
+                              "add one to the tokenizer")
         return self.eos_id
 
 
@@ -126,7 +130,8 @@ class Tokenizer:
 def _library(where: str, expected: str) -> Iterator[None]:
     """Turn whatever the library raises on a bad file into a FormatError.
 
-    It raises bare Exception, and PanicException from Rust, which by then has printed a report of its own to descriptor 2.
+    It raises bare Exception, and PanicException from Rust, which by then has printed a report of its own to
+    descriptor 2.
     """
     try:
         saved: int | None = os.dup(2)
@@ -154,7 +159,8 @@ def _growth(part: Any) -> int:
         longer = math.prod(walk(item) for item in below)
         if isinstance(node, dict) and node.get("type") in ("Replace", "Prepend"):
             text = node.get("content") or node.get("prepend") or ""
-            return longer * (len(text) + 1 if len(text) > 1 else 1)  # one more, since an empty pattern keeps what was there
+            # One more, since an empty pattern keeps what was there.
+            return longer * (len(text) + 1 if len(text) > 1 else 1)
         return longer
 
     return walk(json.loads(part.__getstate__())) if part is not None else 1

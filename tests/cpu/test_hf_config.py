@@ -167,6 +167,17 @@ def test_features_and_values_are_refused(changes):
     refused(file("Llama-3.2-1B", **changes), *(c for c in changes if c not in ("rope_parameters", "rope_scaling")))
 
 
+@pytest.mark.parametrize(("rope", "part"), [
+    ({"rope_type": "default", "rope_theta": 1e4}, "rope_theta: expected the same value in both spellings"),
+    ({"rope_type": "llama3", "rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 8192}, "")])
+def test_two_spellings_that_disagree_are_refused(rope, part):
+    agreeing = {"rope_type": "default", "rope_theta": 1e6}
+    scaling = {"rope_scaling": {"rope_type": "default"}}
+    assert from_hf(file("Qwen2.5-0.5B", rope_parameters=agreeing, **scaling), "x") == qwen2_0_5b
+    refused(file("Qwen2.5-0.5B", rope_parameters=rope, **scaling), part)
+
+
 @pytest.mark.parametrize("window", ["4096", True, 0, -1, 4096.0])
 def test_sliding_window_is_a_whole_number(window):
     refused(file("Mistral-7B-v0.1", sliding_window=window))

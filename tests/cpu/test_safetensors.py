@@ -26,7 +26,8 @@ def read(path):
 
 def random_arrays(rng, dtype):
     """Arrays of random bits, NaNs and denormals among them."""
-    return {f"t{i}": np.frombuffer(rng.bytes(int(np.prod(s)) * dtype.itemsize), dtype).reshape(s) for i, s in enumerate(SHAPES)}
+    return {f"t{i}": np.frombuffer(rng.bytes(int(np.prod(s)) * dtype.itemsize), dtype).reshape(s) for i,
+            s in enumerate(SHAPES)}
 
 
 def described(arrays):
@@ -87,7 +88,8 @@ def test_safetensors_without_tensors(tmp_path):
     assert safetensors.deserialize((tmp_path / "x").read_bytes()) == []
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("", "f4"), ("__metadata__", "f4"), ("x" * 257, "f4"), ("a\0b", "f4"), ("c", "c8"), ("s", ">f4")])
+@pytest.mark.parametrize(("name", "dtype"), [("", "f4"), ("__metadata__", "f4"), ("x" * 257, "f4"), ("a\0b", "f4"),
+                                             ("c", "c8"), ("s", ">f4")])
 def test_safetensors_writer_refuses_what_a_reader_would(name, dtype, tmp_path):
     with pytest.raises(FormatError):
         write_safetensors(tmp_path / "x", {name: np.zeros(2, dtype)}, {})
@@ -99,7 +101,7 @@ def test_safetensors_file_cut_while_open(tmp_path):
     opened = open_safetensors(tmp_path / "x")
     (tmp_path / "x").write_bytes(b"short")
     try:
-        with pytest.raises(FormatError, match="tensor 'a'.*was cut"):
+        with pytest.raises(FormatError, match=r"tensor 'a'.*was cut"):
             opened.read("a")
     finally:
         opened.close()

@@ -17,6 +17,7 @@ from apr.errors import ConfigError, FormatError, GateError, IntegrityError, NotF
 EOS, V = 0, 1000
 DOCUMENTS = [[5, 6, 7], [8], [], [9] * 10, list(range(11, 30)), [31, 32]]
 FLAT = [t for d in DOCUMENTS for t in (*d, EOS)]
+STARTS = np.cumsum([0] + [len(d) + 1 for d in DOCUMENTS[:-1]]).tolist()
 
 
 def stand_in(vocab_size: int = V, sha256: str = "a" * 64):
@@ -47,8 +48,7 @@ def test_what_was_written_is_read_whatever_the_split(tmp_path, tokens_per_shard)
         for stop in range(start, len(FLAT) + 1):
             part = source.read(start, stop)
             assert part.dtype == np.int32 and part.tolist() == FLAT[start:stop]
-    ends = np.cumsum([len(d) + 1 for d in DOCUMENTS])
-    assert source.starts.tolist() == [0, *ends[:-1].tolist()]
+    assert source.starts.tolist() == STARTS
     assert source.histogram.tolist() == np.bincount(FLAT, minlength=V).tolist()
 
 
@@ -85,31 +85,41 @@ def test_memory_and_files_are_the_same_corpus(tmp_path):
         memory_source([], V, EOS)
 
 
-def broken_stream():
-    """Documents that end in an error."""
-    yield from DOCUMENTS
-    raise FormatError("file.txt", "text", "none", "stop")
-
-
-@pytest.mark.parametrize(("documents", "kind"), [(broken_stream, FormatError), (lambda: iter([]), FormatError)])
-def test_a_failure_leaves_nothing(tmp_path, documents, kind):
-    with pytest.raises(kind):
-        write_shards(tmp_path / "out", documents(), stand_in(), 7)
+@pytest.mark.parametrize("documents", [[*DOCUMENTS, None], [None], []])
+def test_a_failure_leaves_nothing(tmp_path, documents):
+    """A stream that breaks after many documents, or at once; and no documents."""
+    with pytest.raises((TypeError, FormatError)):
+        written(tmp_path, documents)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("at", range(1, 9))
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, at):
-    """Each of the eight syncs of this folder (six shards, tokenizer, manifest) in turn."""
-    calls, real = [], os.fsync
+def count_syncs(monkeypatch, fail_at: int = 0) -> list[str]:
+    """The names of what is made durable, and "rename", in order; one call may be made to fail."""
+    calls: list[str] = []
+    sync, rename = os.fsync, os.rename
 
     def fsync(fd: int) -> None:
-        calls.append(fd)
-        if len(calls) == at:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        if len(calls) == fail_at:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(fd)
+        sync(fd)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    return calls
+
+
+def test_all_is_durable_before_it_has_its_name_and_the_manifest_is_last(tmp_path, monkeypatch):
+    calls = count_syncs(monkeypatch)
+    out = written(tmp_path)
+    names = [*(f"shard-{i:04d}.bin" for i in range(6)), "tokenizer.json", "manifest.json"]
+    assert calls[:8] == names and calls[8].startswith(".out.tmp-") and calls[9:] == ["rename", tmp_path.name]
+    assert sorted(os.listdir(out)) == sorted(names)
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, at):
+    calls = count_syncs(monkeypatch, at)
     with pytest.raises(StorageError, match="room to write"):
         written(tmp_path)
     assert os.listdir(tmp_path) == [] and len(calls) == at
@@ -136,22 +146,20 @@ def test_an_existing_output_is_refused_and_kept(tmp_path, kind):
 
 def test_upstreams_headerless_shards(tmp_path):
     """u32, little-endian, no header and no manifest: one file, or a folder of them in the order of their names."""
-    first, second = FLAT[:20], FLAT[20:]
-    (tmp_path / "b.bin").write_bytes(np.asarray(second, "<u4").tobytes())
-    (tmp_path / "a.bin").write_bytes(np.asarray(first, "<u4").tobytes())
+    for n in (3, 0, 10, 7, 1, 9, 2, 8, 4, 6, 5):  # made in an order that is not the answer
+        (tmp_path / f"{'abcdefghijk'[n]}.bin").write_bytes(np.asarray(FLAT[4 * n:4 * n + 4], "<u4").tobytes())
     (tmp_path / "notes.txt").write_text("not a shard")
     assert is_shards(tmp_path) and is_shards(tmp_path / "a.bin") and not is_shards(tmp_path / "notes.txt")
     folder, single = open_shards(tmp_path, stand_in(), V), open_shards(tmp_path / "a.bin", None, V)
-    assert folder.read(0, folder.tokens).tolist() == FLAT and single.read(0, single.tokens).tolist() == first
+    assert folder.read(0, folder.tokens).tolist() == FLAT and single.read(0, single.tokens).tolist() == FLAT[:4]
     assert folder.starts.size == len(DOCUMENTS) and single.starts.tolist() == [0]  # without a tokenizer: one document
 
 
 def test_what_is_no_shard_is_not_taken_for_one(tmp_path):
     assert not is_shards(tmp_path) and not is_shards(tmp_path / "missing.txt")
-    with pytest.raises(NotFoundError):
-        open_shards(tmp_path, None, V)
-    with pytest.raises(NotFoundError):
-        open_shards(tmp_path / "missing.bin", None, V)
+    for path in (tmp_path, tmp_path / "missing.bin"):
+        with pytest.raises(NotFoundError):
+            open_shards(path, None, V)
 
 
 def test_a_changed_byte_is_an_integrity_error_naming_the_shard(tmp_path):
@@ -175,29 +183,23 @@ def test_an_id_out_of_range_is_named_with_shard_and_token(tmp_path, at, where):
     with pytest.raises(FormatError) as caught:
         open_shards(source, None, 500)
     assert f"{where}: expected an id in [0, 500), found 500; these shards are for another" in str(caught.value)
-
-
-def test_negative_ids_in_memory_are_refused():
     with pytest.raises(FormatError, match=r"memory token 2: expected an id in \[0, 1000\), found -1"):
         corpus([1, 2, -1])
 
 
 def test_shards_of_another_tokenizer_are_refused(tmp_path):
-    out = written(tmp_path)
     with pytest.raises(FormatError, match=r"shards of this tokenizer \(bbbb"):
-        open_shards(out, stand_in(sha256="b" * 64), V)
+        open_shards(written(tmp_path), stand_in(sha256="b" * 64), V)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 13, 12])
 def test_a_shard_of_another_length_is_refused(tmp_path, keep):
     out = written(tmp_path)
     data = (out / "shard-0001.bin").read_bytes()
-    (out / "shard-0001.bin").write_bytes(data[:keep])
-    with pytest.raises(FormatError, match=r"shard-0001\.bin: expected "):
-        open_shards(out, None, V)
-    (out / "shard-0001.bin").write_bytes(data + b"\0\0")
-    with pytest.raises(FormatError, match="expected 7 tokens, found 8"):
-        open_shards(out, None, V)
+    for damaged, says in ((data[:keep], "expected "), (data + b"\0\0", "expected 7 tokens, found 8")):
+        (out / "shard-0001.bin").write_bytes(damaged)
+        with pytest.raises(FormatError, match=rf"shard-0001\.bin: {says}"):
+            open_shards(out, None, V)
     (out / "shard-0001.bin").unlink()
     with pytest.raises(NotFoundError):
         open_shards(out, None, V)
@@ -236,7 +238,7 @@ def test_entropy_gate(counts, good):
 def test_a_corpus_longer_than_one_scan_is_checked_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("apr.data.shards.SCAN", 10)
     out = written(tmp_path, tokens_per_shard=1000)
-    assert open_shards(out, None, V).starts.size == len(DOCUMENTS)
+    assert open_shards(out, None, V).starts.tolist() == STARTS
     with pytest.raises(FormatError, match=f"token {FLAT.index(32)}: "):
         open_shards(out, None, 32)
 

@@ -77,7 +77,7 @@ def test_targets_are_the_inputs_one_later():
     assert np.array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
 
-@pytest.mark.parametrize(("lengths", "t"), [(LENGTHS, 16), ([500], 16), ([1] * 300, 8)])
+@pytest.mark.parametrize(("lengths", "t"), [(LENGTHS, 16), ([500], 16), ([1] * 300, 8), ([900, 7], 16)])
 def test_epochs_and_seeds_differ(lengths, t):
     source = numbered(lengths)
     stream = TrainStream(source, t, 3)

@@ -102,6 +102,7 @@ def test_vocab_and_merges_are_the_same_tokenizer(tmp_path, trained, header):
     for text in hostile_texts():
         assert loaded.encode(text) == trained.encode(text), ascii(text[:40])
         assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.decode([0]) == trained.decode([0]) == ""
     assert any(len(loaded.encode(t)) < len(t.encode()) for t in TEXTS), "no merge was used"
 
 

@@ -1,4 +1,4 @@
-"""`python tests/faults/report.py`: malformed files tried, refused, crashed and wrong, by row of the fault list and kind."""
+"""`python tests/faults/report.py`: malformed files tried, refused, crashed and wrong, by row of the list and kind."""
 
 import sys
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Good files with bytes flipped, inserted, removed or overwritten: an equal read or an AprError, never anything else."""
+"""Good files with bytes flipped, inserted, removed or overwritten: an equal read or an AprError, nothing else."""
 
 import functools
 import json
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import safetensors
 from hostile import READ, good, run_config
-from hostile_data import IDS, V
+from hostile_data import IDS
+from hostile_tokenizers import V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +21,11 @@ from apr.train.run_config import RunConfig
 
 EXAMPLES = settings(derandomize=True, max_examples=150, deadline=None, database=None,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
-TOKENS = [b"null", b"true", b"-1", b"0", b"1e999", b"9" * 25, b"[", b"]", b"{}", b'"', b'\\"', b",", b":", b"\n", b"\\ud800", b"\xff", b"\0",
+TOKENS = [b"null", b"true", b"-1", b"0", b"1e999", b"9" * 25, b"[", b"]", b"{}", b'"', b'\\"', b",", b":", b"\n",
+          b"\\ud800", b"\xff", b"\0",
           b"NaN", b'"a"', b"[[[", b"- ", b"? ", b"!!int ", b"&a ", b"*a"]
-EDIT = st.tuples(st.sampled_from(["flip", "insert", "remove", "splice", "over"]), st.integers(0, 2**20), st.integers(0, 7), st.integers(1, 255),
+EDIT = st.tuples(st.sampled_from(["flip", "insert", "remove", "splice", "over"]), st.integers(0, 2**20),
+                 st.integers(0, 7), st.integers(1, 255),
                  st.sampled_from(TOKENS))
 EDITS = st.lists(EDIT, min_size=1, max_size=4)
 
@@ -51,7 +54,7 @@ def original(kind, name, folder):
 
 
 def outcome(kind, name, folder, edits, read=None):
-    """What a reader makes of the edited file: (value or None when refused, the bytes, whether they differ from the good ones)."""
+    """What a reader makes of the edited file (None: refused), its bytes, and whether they differ from the good ones."""
     path, made, whole = original(kind, name, folder)
     data = edited(whole, edits)
     path.write_bytes(data)
@@ -78,12 +81,13 @@ def test_fuzz_apr(folder, edits):
 @EXAMPLES
 @given(EDITS)
 def test_fuzz_safetensors(folder, edits):
-    """There is no checksum. What is read is what the `safetensors` package reads, which is laxer, and can be written."""
+    """There is no checksum. What is read is what the `safetensors` package reads, which is laxer, and is writable."""
     found, data, differs = outcome("safetensors", "", folder, edits)
     assert differs or found is not None
     if found is not None:
         metadata, tensors = found
-        assert {k: bytes(t["data"]) for k, t in safetensors.deserialize(data)} == {k: a.tobytes() for k, a in tensors.items()}
+        assert {k: bytes(t["data"]) for k, t in safetensors.deserialize(data)} == {k: a.tobytes() for k,
+                a in tensors.items()}
         write_safetensors(folder / "again", tensors, metadata)
 
 

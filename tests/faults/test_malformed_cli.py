@@ -1,4 +1,4 @@
-"""Malformed files through the real command: exit code, one line on stderr, under two seconds, memory bounded by the file."""
+"""Malformed files through the real command: exit code, one line on stderr, two seconds, memory bounded by the file."""
 
 import json
 import os
@@ -14,26 +14,26 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from hostile import all_cases, good
-from hostile_data import WORDS, tokenizer
+from hostile_tokenizers import WORDS, tokenizer
 
 CASES = [c for c in all_cases() if c.cli]
 AT_ONCE = 2
 HANGS, SLOW = 20, 2.0  # seconds
-ROOM = 64 * 2**20  # bytes above the file's own size and what the command takes on a good small file: U3 of the fault list
+ROOM = 64 * 2**20  # bytes beyond the file's size and what the command takes on a good small file: U3 of the fault list
 # A child's peak counts the memory that its parent had when it forked, so a process smaller than apr has to start it.
 LAUNCH = """
 import json, os, sys, time
 out, err, *command = sys.argv[1:]
 began = time.monotonic()
-pid = os.posix_spawn(command[0], command, os.environ, file_actions=[
-    (os.POSIX_SPAWN_OPEN, 1, out, os.O_WRONLY | os.O_CREAT, 0o600), (os.POSIX_SPAWN_OPEN, 2, err, os.O_WRONLY | os.O_CREAT, 0o600)])
+files = [(os.POSIX_SPAWN_OPEN, fd, name, os.O_WRONLY | os.O_CREAT, 0o600) for fd, name in ((1, out), (2, err))]
+pid = os.posix_spawn(command[0], command, os.environ, file_actions=files)
 _, status, usage = os.wait4(pid, 0)
 print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, time.monotonic() - began]))
 """
 
 
 class Run(NamedTuple):
-    """What a command did: exit code (None: it hung), peak memory and input size in bytes, seconds, lines on stderr, leftovers."""
+    """What a command did: exit code (None: it hung), peak memory, size of its input, seconds, stderr, files left."""
 
     code: int | None
     memory: int
@@ -50,7 +50,8 @@ def arguments(kind, path, folder):
     if kind == "model":
         ids = np.arange(4000, dtype="<u4") % 16
         (folder / "ids.bin").write_bytes(ids.tobytes())
-        return ["pretrain", "--init", str(path), "--dataset", str(folder / "ids.bin"), "--num-steps", "12", "--warmup-steps", "0",
+        return ["pretrain", "--init", str(path), "--dataset", str(folder / "ids.bin"), "--num-steps", "12",
+                "--warmup-steps", "0",
                 "--batch-size", "64", "--seq-length", "16", "--run-dir", str(folder / "run")]
     if kind in ("tokenizer", "text"):
         (folder / "text.txt").write_text(WORDS, encoding="utf-8")
@@ -69,7 +70,8 @@ def run(kind, write) -> Run:
         plain = {k: v for k, v in os.environ.items() if not k.startswith("APR_")}
         environment = dict(line.split("=") for line in path.read_text().splitlines()) if kind == "env" else {}
         command = [sys.executable, "-m", "apr", *arguments(kind, path, folder)]
-        launch = subprocess.Popen([sys.executable, "-I", "-S", "-c", LAUNCH, str(folder / "out"), str(folder / "err"), *command],
+        launch = subprocess.Popen([sys.executable, "-I", "-S", "-c", LAUNCH, str(folder / "out"), str(folder / "err"),
+                                   *command],
                                   env={**plain, **environment}, stdout=subprocess.PIPE, start_new_session=True)
         try:
             code, memory, seconds = json.loads(launch.communicate(timeout=HANGS)[0])
@@ -87,7 +89,8 @@ def run(kind, write) -> Run:
 @pytest.fixture(scope="module")
 def runs(request):
     """Every command that this session asks about, AT_ONCE at a time: by case, and by kind for the good file."""
-    asked = [item.callspec.params["case"] for item in request.session.items if "case" in getattr(getattr(item, "callspec", None), "params", {})]
+    asked = [item.callspec.params["case"] for item in request.session.items if "case" in getattr(getattr(item,
+            "callspec", None), "params", {})]
     mine = [c for c in CASES if any(c is a for a in asked)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
         started = {kind: pool.submit(run, kind, good()[kind]) for kind in sorted({c.kind for c in mine})}
@@ -104,6 +107,8 @@ def test_malformed_command_line(runs, case):
     assert this.errors[0].startswith("apr: ")
     assert case.says in this.errors[0]
     assert not this.left, "a refused input leaves nothing behind"
-    assert this.memory - base.memory < this.size + ROOM, f"{(this.memory - base.memory) >> 20} MB for {this.size >> 20} MB"
-    seconds = this.seconds if this.seconds < SLOW else run(case.kind, case.write).seconds  # once more: the machine may be busy
+    more = this.memory - base.memory
+    assert more < this.size + ROOM, f"{more >> 20} MB for {this.size >> 20} MB"
+    seconds = this.seconds if this.seconds < SLOW else run(case.kind,
+                                                           case.write).seconds  # once more: the machine may be busy
     assert seconds < SLOW, f"{seconds:.1f} s, against {base.seconds:.1f} s for a good file"
