@@ -33,12 +33,14 @@ EXTRAS = {
         "nvidia-cuda-runtime-cu12>=12.9,<13",
         "nvidia-cublas-cu12>=12.9,<13",
     ],
-    "cuda13": ["cupy-cuda13x>=14.0", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14", "nvidia-cublas>=13,<14"],
+    "cuda13": ["cupy-cuda13x>=14.0", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14",
+               "nvidia-cublas>=13,<14"],
     "hub": ["huggingface-hub>=0.34"],
     "parquet": ["pyarrow>=18"],
     "plot": ["matplotlib>=3.9"],
     "tensorboard": ["tensorboardX>=2.6"],
-    "test": ["pytest>=8.3", "hypothesis>=6.100", "pyarrow>=18", "ruff>=0.11", "mypy>=1.14", "types-PyYAML>=6", "setuptools>=77", "wheel>=0.45"],
+    "test": ["pytest>=8.3", "hypothesis>=6.100", "pyarrow>=18", "ruff>=0.11", "mypy>=1.14", "types-PyYAML>=6",
+             "setuptools>=77", "wheel>=0.45"],
 }
 
 setup(

@@ -74,7 +74,7 @@ class ShapeError(AprError):
 
 
 def one_line(text: str, limit: int = 600) -> str:
-    """`text` on one line of printable characters: file names and file contents are not to be trusted with a terminal."""
+    """`text` on one line of printable characters: file names and contents are not to be trusted with a terminal."""
     clean = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
     return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 

@@ -24,7 +24,8 @@ def os_error(where: str, error: OSError) -> AprError:
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return NotFoundError(where, "an existing path", "nothing there", "check the path")
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageError(where, "room to write", reason, "free space and run again; what was complete before is intact")
+        return StorageError(where, "room to write", reason,
+                            "free space and run again; what was complete before is intact")
     return StorageError(where, "a path that can be read and written", reason, "check permissions and the disk")
 
 

@@ -1,8 +1,8 @@
 """Strict readers of JSON and YAML: the only two in the project.
 
 JSON: UTF-8; size, depth and number of values bounded; no duplicate key (Python keeps the last silently), no NaN or
-Infinity, no lone surrogate. YAML: `1e-4` is a number (PyYAML says string), `no` is a string (PyYAML says False); duplicate
-keys, aliases and tags are refused, as is what JSON cannot say. Both raise FormatError with the file's name.
+Infinity, no lone surrogate. YAML: `1e-4` is a number (PyYAML says string), `no` is a string (PyYAML says False);
+duplicate keys, aliases and tags are refused, as is what JSON cannot say. Both raise FormatError with the file's name.
 """
 
 import json
@@ -26,7 +26,8 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
     """The value of a JSON text.
 
-    Raises FormatError: over `limit` bytes or MAX_VALUES, not UTF-8, not JSON, too deep, duplicate key, non-finite number.
+    Raises FormatError: over `limit` bytes or MAX_VALUES, not UTF-8, not JSON, too deep, duplicate key, non-finite
+    number.
     """
     def refuse(expected: str, found: str) -> NoReturn:
         raise FormatError(where, expected, found[:200], "write the file again with a correct tool")
@@ -75,7 +76,7 @@ def _marks(data: bytes) -> int:
 
 
 def _check_tree(value: Any, refuse: Any, depth: int = 0) -> None:
-    """Depth cap, no infinities, and no lone surrogates, which would blow up later, when the string is written somewhere."""
+    """Depth cap, no infinities, and no lone surrogates, which would blow up later, when the string is written."""
     if depth > MAX_DEPTH:
         refuse(f"at most {MAX_DEPTH} levels", "more")
     if isinstance(value, str):
@@ -134,7 +135,8 @@ for _tag, _pattern, _first in (
 def parse_yaml(data: bytes, where: str) -> Any:
     """The value of a YAML text.
 
-    Raises FormatError: over MAX_YAML_BYTES, not UTF-8, not YAML, a tag, an alias, a duplicate key, an infinity, too deep.
+    Raises FormatError: over MAX_YAML_BYTES, not UTF-8, not YAML, a tag, an alias, a duplicate key, an infinity, too
+    deep.
     """
     def refuse(expected: str, found: str) -> NoReturn:
         raise FormatError(where, expected, found, "correct the file")

@@ -2,8 +2,8 @@
 
 A model calls `tap(name, array)` at each point if a tap was given; without one a point costs one comparison. The
 reference and the GPU model emit the same names with the same meaning, shape and layout, so that *trace* can write them,
-*parity* compare them and *bisect* name the first that differs. A comparer must refuse names that have no partner. The array
-is live: a tap that keeps it must copy it (the loss writes its gradient over the logits).
+*parity* compare them and *bisect* name the first that differs. A comparer must refuse names that have no partner. The
+array is live: a tap that keeps it must copy it (the loss writes its gradient over the logits).
 
 A layer's point is `L03.attn_norm`; the gradient with respect to it is `L03.dattn_norm`.
 """

@@ -1,6 +1,6 @@
-"""Training on the CPU: tokens per second and peak memory of the NumPy reference, beside PyTorch eager.
+"""Training on the CPU: tokens per second and peak memory of TransformerTrainer (NumPy), beside PyTorch eager.
 
-    python benchmarks/bench_train_cpu.py                                    the reference alone
+    python benchmarks/bench_train_cpu.py                                    apr alone
     python benchmarks/bench_train_cpu.py --peer-python PYTHON_WITH_TORCH    and peer_torch_cpu.py, in turns
     options: --rounds --steps --warmup --preset --cores, --json (one line instead of the table), --record (append a row)
 
@@ -27,11 +27,9 @@ from typing import Any
 import numpy as np
 
 from apr.config import TransformerConfig, TransformerTrainConfig, decode, encode
-from apr.params import init_params, layout
+from apr.data.batch import LMBatch
 from apr.presets import preset
-from apr.reference.adamw import adamw_update
-from apr.reference.global_norm import clip_factor, global_norm
-from apr.reference.model import loss_and_gradients
+from apr.train.trainer import TransformerTrainer
 
 HERE = Path(__file__).resolve().parent
 COMPARED, TOLERANCE = 5, 1e-4  # the first losses, in nats
@@ -39,33 +37,23 @@ Results = dict[str, list[dict[str, Any]]]  # the rounds of each side
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Our side of one round, in flat memory; job and result are peer_torch_cpu.py's."""
-    config, how = decode(TransformerConfig, job["config"], "job"), decode(TransformerTrainConfig, job["train"], "job")
-    idle_mib, where = peak_mib(), layout(config)
-    flat, grad, m, v = (np.zeros(where.size, np.float32) for _ in range(4))
-    params, grads = where.views(flat), where.views(grad)
+    """Our side of one round; job and result are peer_torch_cpu.py's."""
+    idle_mib, how = peak_mib(), decode(TransformerTrainConfig, job["train"], "job")
     with np.load(job["weights"]) as weights:
-        for name in weights.files:
-            params[name][...] = weights[name]
+        trainer = TransformerTrainer.with_model(decode(TransformerConfig, job["config"], "job"), dict(weights), how)
     with np.load(job["batches"]) as batches:
         inputs, targets = batches["inputs"], batches["targets"]
-    losses, seconds, split = [], [], where.decay_end
-    for step, (x, y) in enumerate(zip(inputs, targets, strict=True), start=1):
+    losses, seconds = [], []
+    for x, y in zip(inputs, targets, strict=True):
         start = time.perf_counter()
-        grad[:] = 0
-        loss = loss_and_gradients(params, grads, config, x, y, 1 / y.size) / y.size
-        scale = clip_factor(global_norm(grad), how.max_grad_norm)
-        for part, decay in ((slice(0, split), how.weight_decay), (slice(split, None), 0.0)):
-            adamw_update(flat[part], m[part], v[part], grad[part], lr=how.lr, beta1=how.beta1, beta2=how.beta2,
-                         eps=how.adam_eps, weight_decay=decay, step=step, grad_scale=scale)
-        losses.append(loss)
+        losses.append(trainer.train_batch(LMBatch(x, y), how.lr))
         seconds.append(time.perf_counter() - start)
     return {"losses": losses, "seconds": seconds[job["warmup"]:], "idle_mib": idle_mib, "peak_mib": peak_mib(),
             "versions": f"apr, numpy {np.__version__}"}
 
 
 def peak_mib() -> float:
-    """Most memory this process has held so far. Linux starts a child at its parent's peak, so the parent stays small."""
+    """Most memory this process has held. (Linux starts a child at its parent's peak, so the parent stays small.)"""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -73,10 +61,7 @@ def write_job(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Weights and batches in `folder`, and the job that points to them."""
     config = preset(args.preset)
     how = TransformerTrainConfig(batch_size=8, max_seq_len=256, max_steps=args.warmup + args.steps)
-    where = layout(config)
-    params = where.views(np.zeros(where.size, np.float32))
-    init_params(config, how.seed, params)
-    np.savez(folder / "weights.npz", allow_pickle=False, **params)
+    np.savez(folder / "weights.npz", allow_pickle=False, **TransformerTrainer.new(config, how).params)
     tokens = np.random.default_rng(how.seed).integers(0, config.V, (how.max_steps, how.batch_size, how.max_seq_len + 1))
     np.savez(folder / "batches.npz", inputs=tokens[..., :-1].copy(), targets=tokens[..., 1:].copy())
     return {"config": encode(config), "train": encode(how), "weights": str(folder / "weights.npz"),
@@ -103,10 +88,10 @@ def run_rounds(commands: dict[str, list[str]], job: dict[str, Any], rounds: int)
 
 def summary(results: Results, job: dict[str, Any]) -> dict[str, Any]:
     """One flat record of what was measured, on what, when and how."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in line]
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
     describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    record = {"date": datetime.date.today().isoformat(), "cpu": names[0] if names else "?", "cores": job["cores"],
-              "commit": subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip() or "?",
+    record = {"date": datetime.date.today().isoformat(), "cpu": cpu.split(":")[-1].strip(), "cores": job["cores"],
+              "commit": subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip(),
               "command": " ".join(["python", *sys.argv])}
     tokens = job["train"]["batch_size"] * job["train"]["max_seq_len"]
     for side, found in results.items():

@@ -11,7 +11,10 @@ def relative_l2(actual: np.ndarray, truth: np.ndarray) -> float:
 
 
 def assert_close(actual: np.ndarray, truth: np.ndarray, tol: float, what: str) -> float:
-    """Demand equal shape and dtype (a float64 truth judges any float), finite values and relative L2 error <= tol; returns it."""
+    """Demand equal shape and dtype, finite values and relative L2 error <= tol; returns the error.
+
+    A float64 truth judges any float.
+    """
     actual, truth = np.asarray(actual), np.asarray(truth)
     assert actual.shape == truth.shape, f"{what}: shape {actual.shape}, expected {truth.shape}"
     assert truth.dtype == np.float64 or actual.dtype == truth.dtype, f"{what}: {actual.dtype}, expected {truth.dtype}"
@@ -29,7 +32,7 @@ def assert_close(actual: np.ndarray, truth: np.ndarray, tol: float, what: str) -
 
 def finite_difference_error(function, array: np.ndarray, gradient: np.ndarray, rng: np.random.Generator,
                             samples: int = 64, h: float = 1e-6) -> float:
-    """Relative L2 error of `gradient` against central differences of the scalar `function()` at sampled elements of `array`.
+    """Relative L2 error of `gradient` against central differences of the scalar `function()` at samples of `array`.
 
     `array` (float64, contiguous) is what `function` reads; it is restored.
     """

@@ -1,4 +1,4 @@
-"""Reading the golden files: NumPy and the standard library only, and nothing of apr but the config decoder under test."""
+"""Reads the golden files: NumPy, the standard library, and nothing of apr but the config decoder under test."""
 
 import hashlib
 import json

@@ -141,6 +141,7 @@ def apr_cases():
                    cli=code == 8)
     yield case("B6", "another version", apr_bytes(version=(2, 1)), says="2.1")
     yield case("B6", "version 1", apr_bytes(magic=b"APRN"), says="version 1")
+    yield case("B13", "another magic", apr_bytes(magic=b"GGUF"), says="APR")
     yield case("B6", "reserved bytes", apr_bytes(reserved=b"\1" + bytes(19)))
     for bit in (1, 2, 4, 8, 16, 64, 256, 2048, 32768):
         yield case("B6", f"flag {bit}", apr_bytes(flags=1024 | bit))

@@ -10,13 +10,15 @@ from apr.presets import qwen2_0_5b, qwen3_0_6b, tiny
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
-FAMILIES = {name: dataclasses.replace(base, **SIZE) for name, base in (("llama", tiny), ("qwen2", qwen2_0_5b), ("qwen3", qwen3_0_6b))}
+FAMILIES = {name: dataclasses.replace(base, **SIZE)
+            for name, base in (("llama", tiny), ("qwen2", qwen2_0_5b), ("qwen3", qwen3_0_6b))}
 SMALL: TransformerConfig = FAMILIES["qwen2"]
 
 
 def train_config(**changes) -> TransformerTrainConfig:
     """A training configuration for the small models."""
-    return TransformerTrainConfig(**{"lr": 1e-2, "max_steps": 20, "batch_size": 4, "max_seq_len": 16, "seed": 7, **changes})
+    return TransformerTrainConfig(**{"lr": 1e-2, "max_steps": 20, "batch_size": 4, "max_seq_len": 16, "seed": 7,
+                                     **changes})
 
 
 def random_batch(seed: int, rows: int = 4, length: int = 16, vocab: int = 97) -> LMBatch:
@@ -24,8 +26,9 @@ def random_batch(seed: int, rows: int = 4, length: int = 16, vocab: int = 97) ->
     return LMBatch.from_rows(np.random.default_rng(seed).integers(0, vocab, (rows, length + 1)))
 
 
-WORDS = ("the cat sat on a mat and saw how rain fell over old green hills while seven small ships went home by night "
-         "under stars that no one had ever counted").split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "how", "rain", "fell", "over", "old", "green", "hills",
+         "while", "seven", "small", "ships", "went", "home", "by", "night", "under", "stars", "that", "no", "one",
+         "had", "ever", "counted"]
 
 
 def write_texts(folder, documents: int = 40) -> None:
@@ -40,9 +43,9 @@ def write_texts(folder, documents: int = 40) -> None:
 
 YAML = """
 model: {vocab_size: 320, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4,
-  num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64, rms_norm_eps: 1e-6, rope_theta: 1e6, rope_scaling: null,
-  use_bias: true, qk_norm: false, tie_word_embeddings: true, architecture: decoder, hf_architecture: Qwen2ForCausalLM,
-  hf_model_type: qwen2}
+  num_key_value_heads: 2, head_dim: 8, max_position_embeddings: 64, rms_norm_eps: 1e-6, rope_theta: 1e6,
+  rope_scaling: null, use_bias: true, qk_norm: false, tie_word_embeddings: true, architecture: decoder,
+  hf_architecture: Qwen2ForCausalLM, hf_model_type: qwen2}
 train: {lr: 5e-3, warmup_steps: 3, max_steps: 24, batch_size: 4, max_seq_len: 16, accumulation_steps: 2, seed: 11}
 loop: {steps_per_epoch: 8, target_val_loss: 0.1}
 val_batches: 2

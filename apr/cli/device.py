@@ -23,8 +23,8 @@ def choose_device(asked: str | None) -> str:
     if not GRAMMAR.fullmatch(word):
         raise ConfigError("--device", "cpu, cuda, cuda:0 to cuda:15 or auto", repr(word), "correct it")
     if word.startswith("cuda"):
-        raise UnavailableError("GATE-GPUTRAIN-002 --device", f"a device that can be used instead of '{word}'", NO_GPU_TRAINER,
-                               "use --device cpu or auto")
+        raise UnavailableError("GATE-GPUTRAIN-002 --device", f"a device that can be used instead of '{word}'",
+                               NO_GPU_TRAINER, "use --device cpu or auto")
     if word == "auto":
         print(f"device: cpu (reason: {NO_GPU_TRAINER})", file=sys.stderr)
     return "cpu"

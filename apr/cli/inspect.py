@@ -11,7 +11,8 @@ from apr.tools.inspect_file import inspect
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
-    parser.add_argument("path", type=Path, help=".apr, .safetensors, tokenizer.json, .bin; or a run, checkpoint, shard or tokenizer folder")
+    parser.add_argument("path", type=Path, help=".apr, .safetensors, tokenizer.json, .bin; "
+                                                "or a run, checkpoint, shard or tokenizer folder")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 

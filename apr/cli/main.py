@@ -38,8 +38,8 @@ def build(command: str) -> Parser:
 
 
 def _overview() -> Parser:
-    parser = Parser(prog="apr", description="Decoder language models, trained, checked and run without PyTorch.", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(prog="apr", description="Decoder language models, trained, checked and run without PyTorch.",
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items())
                     + "\n\n'apr COMMAND --help' shows a command's flags. Exit codes: apr/errors.py.")
     parser.add_argument("--version", action="version", version=f"apr {__version__}")
@@ -64,13 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         return _fail(os_error(str(e.filename or "input/output"), e))
     except MemoryError as e:
-        return _fail(OutOfMemoryError("memory", "enough for this model and batch", one_line(str(e)) or "none left", "lower --batch-size or --seq-length"))
+        return _fail(OutOfMemoryError("memory", "enough for this model and batch", one_line(str(e)) or "none left",
+                                      "lower --batch-size or --seq-length"))
     except KeyboardInterrupt:
         return 130
     except Exception as e:
         if show_trace:
             traceback.print_exc()
-        return _fail(AprError("internal error", "no such thing", f"{type(e).__name__}: {e}", "this is a defect of apr; APR_TRACEBACK=1 shows where"))
+        return _fail(AprError("internal error", "no such thing", f"{type(e).__name__}: {e}",
+                              "this is a defect of apr; APR_TRACEBACK=1 shows where"))
 
 
 def _fail(error: AprError) -> int:

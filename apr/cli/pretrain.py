@@ -23,17 +23,21 @@ from apr.train.run_config import MODES, RunConfig, check_370m, check_provisioned
 
 # flag: (section of RunConfig, field); the section "" is RunConfig itself.
 FIELDS = {
-    "dataset": ("", "dataset"), "tokenizer": ("", "tokenizer"), "mode": ("", "mode"), "val_shard": ("", "val_shard"), "init": ("", "init"),
-    "synthetic": ("", "synthetic"), "allow_shard_cycle": ("", "allow_shard_cycle"),
-    "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"), "batch_size": ("train", "batch_size"),
-    "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"), "precision": ("train", "precision"),
-    "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"), "target_val_loss": ("loop", "target_val_loss"),
+    "dataset": ("", "dataset"), "tokenizer": ("", "tokenizer"), "mode": ("", "mode"), "val_shard": ("", "val_shard"),
+    "init": ("", "init"), "synthetic": ("", "synthetic"), "allow_shard_cycle": ("", "allow_shard_cycle"),
+    "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"),
+    "batch_size": ("train", "batch_size"), "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"),
+    "precision": ("train", "precision"),
+    "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"),
+    "target_val_loss": ("loop", "target_val_loss"),
 }
 UPSTREAM_TRAIN = {"batch_size": 16, "max_seq_len": 1024, "max_steps": 1000, "weight_decay": 0.01, "max_grad_norm": 1.0}
 DEMO_RUN = {"preset": "demo", "dataset": DEMO, "allow_shard_cycle": True,
-            "train": {"lr": 3e-3, "warmup_steps": 20, "max_steps": 200, "batch_size": 8, "max_seq_len": 256, "weight_decay": 0.1, "beta2": 0.95},
+            "train": {"lr": 3e-3, "warmup_steps": 20, "max_steps": 200, "batch_size": 8, "max_seq_len": 256,
+                      "weight_decay": 0.1, "beta2": 0.95},
             "loop": {"steps_per_epoch": 50, "target_val_loss": 0.5}, "val_batches": 8}
-CONFIG_KEYS = {"preset", "model", "train", "loop", "mode", "dataset", "tokenizer", "val_shard", "val_batches", "allow_shard_cycle", "synthetic", "init"}
+CONFIG_KEYS = {"preset", "model", "train", "loop", "mode", "dataset", "tokenizer", "val_shard", "val_batches",
+               "allow_shard_cycle", "synthetic", "init"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--dataset", metavar="PATH", help="token shards, or a file or folder of text, JSONL or Parquet")
-    add("--tokenizer", metavar="PATH", help="tokenizer.json or its folder, or one with vocab.json and merges.txt; without it one is trained on the text")
-    add("--run-dir", metavar="DIR", type=Path, required=True, help="where the run is kept; new, or with --resume an old one")
+    add("--tokenizer", metavar="PATH",
+        help="tokenizer.json or its folder, or one with vocab.json and merges.txt; "
+             "without it one is trained on the text")
+    add("--run-dir", metavar="DIR", type=Path, required=True,
+        help="where the run is kept; new, or with --resume an old one")
     add("--resume", action="store_true", help="go on with the run in --run-dir, from its newest checkpoint")
     add("--demo", action="store_true", help="train a small model on Python's standard library, about a minute")
     add("--preset", metavar="NAME", help="model shape: " + ", ".join(PRESETS) + " (default llama_370m)")
@@ -63,10 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16"), help=help_of("precision"))
     add("--device", metavar="cpu|cuda[:N]|auto", help="default auto")
     add("--init", metavar="FILE", help="start from the weights of an .apr file, with a fresh optimizer")
-    add("--force-under-provisioned", action="store_true", help="with --init: train although there are under 10 tokens per parameter")
+    add("--force-under-provisioned", action="store_true",
+        help="with --init: train although there are under 10 tokens per parameter")
     add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
-    add("--allow-shard-cycle", action="store_true", default=None, help="train on the data again when they end; otherwise the run ends")
-    add("--synthetic", action="store_true", default=None, help="exercise the loop with made-up losses: no model, no data, no checkpoint")
+    add("--allow-shard-cycle", action="store_true", default=None,
+        help="train on the data again when they end; otherwise the run ends")
+    add("--synthetic", action="store_true", default=None,
+        help="exercise the loop with made-up losses: no model, no data, no checkpoint")
     add("--json", action="store_true", help="print every event as a line of JSON on stdout")
 
 
@@ -84,16 +94,19 @@ def run(args: argparse.Namespace) -> int:
             end = resume(saved, args.run_dir, sinks, display.warn)
         else:
             config = build_config(args)
-            if config.init is not None and (advice := check_provisioned(config.model, config.train, args.force_under_provisioned)):
-                display.warn(advice)
+            if config.init is not None:
+                advice = check_provisioned(config.model, config.train, args.force_under_provisioned)
+                if advice:
+                    display.warn(advice)
             end = pretrain(config, args.run_dir, device, sinks)
     if not args.json:
         if not config.synthetic:
             print_curve(args.run_dir, sys.stdout)
         if config.dataset == DEMO:
             print_sample(args.run_dir, sys.stdout)
-        print(f"{end['status']}: {end['detail']}. Validation loss {end['initial_val_loss']:.4f} -> "
-              + ("none" if end["final_val_loss"] is None else f"{end['final_val_loss']:.4f}") + f" nats per token. Run: {args.run_dir}")
+        final = "none" if end["final_val_loss"] is None else f"{end['final_val_loss']:.4f}"
+        print(f"{end['status']}: {end['detail']}. Validation loss {end['initial_val_loss']:.4f} -> {final} "
+              f"nats per token. Run: {args.run_dir}")
     return 0
 
 
@@ -111,12 +124,14 @@ def build_config(args: argparse.Namespace) -> RunConfig:
         raise ConfigError("mode", "one of " + ", ".join(MODES), repr(mode), did_you_mean(str(mode), MODES))
     row = MODES[mode]
     base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"])},
-            "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None, "tokenizer": None,
+            "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None,
+            "tokenizer": None,
             "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False, "init": None}
     return _merge(base, given, args, model)
 
 
-def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace, model: TransformerConfig) -> RunConfig:
+def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace,
+           model: TransformerConfig) -> RunConfig:
     """base, overridden by given (a --config file), overridden by flags."""
     values = _merge_sections(base, given)
     for flag, (section, name) in FIELDS.items():
@@ -128,10 +143,12 @@ def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace
         train["lr_min"] = min(max(0.01 * train["lr"], 1e-7), train["lr"])
     unknown = [k for k in values["loop"] if k not in LoopConfig.__dataclass_fields__]
     if unknown:
-        raise ConfigError(f"loop: key '{unknown[0]}'", "a known key", "an unknown one", did_you_mean(unknown[0], LoopConfig.__dataclass_fields__))
+        raise ConfigError(f"loop: key '{unknown[0]}'", "a known key", "an unknown one",
+                          did_you_mean(unknown[0], LoopConfig.__dataclass_fields__))
     decoded = decode(TransformerTrainConfig, train, "train")
     plain = {k: v for k, v in values.items() if k not in ("preset", "model", "train", "loop")}
-    return RunConfig.decode({**plain, "model": asdict(model), "train": asdict(decoded), "loop": values["loop"]}, "configuration")
+    return RunConfig.decode({**plain, "model": asdict(model), "train": asdict(decoded), "loop": values["loop"]},
+                            "configuration")
 
 
 def _merge_sections(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -147,20 +164,23 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), "a mapping of keys to values", type(values).__name__, "see docs/pretrain.md")
     for key, value in values.items():
         if key not in CONFIG_KEYS:
-            raise ConfigError(f"{path}: key '{key}'", "a known key", "an unknown one", did_you_mean(str(key), CONFIG_KEYS))
+            raise ConfigError(f"{path}: key '{key}'", "a known key", "an unknown one",
+                              did_you_mean(str(key), CONFIG_KEYS))
         if key in ("model", "train", "loop") and not isinstance(value, dict):
             raise ConfigError(f"{path}: {key}", "a mapping", type(value).__name__, "indent its keys below it")
     for section, kind in (("train", TransformerTrainConfig), ("loop", LoopConfig)):
         for key in values.get(section, {}):
             if key not in kind.__dataclass_fields__:
-                raise ConfigError(f"{path}: {section}.{key}", "a known key", "an unknown one", did_you_mean(str(key), kind.__dataclass_fields__))
+                raise ConfigError(f"{path}: {section}.{key}", "a known key", "an unknown one",
+                                  did_you_mean(str(key), kind.__dataclass_fields__))
     return values
 
 
 def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) -> TransformerConfig:
     if init is not None:
         if args.preset or args.vocab_size or "preset" in given or "model" in given:
-            raise ConfigError("--init", "the model's shape to come from the file alone", "a preset, model or vocabulary beside it", "drop them")
+            raise ConfigError("--init", "the model's shape to come from the file alone",
+                              "a preset, model or vocabulary beside it", "drop them")
         return _init_config(Path(init))
     if "model" in given and not args.preset:
         model = decode(TransformerConfig, given["model"], "model")

@@ -19,7 +19,7 @@ def print_json(event: Event) -> None:
 
 
 class Display:
-    """A sink for a run's events. On a terminal: a progress bar with loss, rate and time left; else a line now and then."""
+    """A sink for a run's events. On a terminal: a bar with loss, rate and time left; else a line now and then."""
 
     def __init__(self, stream: TextIO) -> None:
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
@@ -33,7 +33,8 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None,
+                 _trace: TracebackType | None) -> None:
         self.progress.stop()
 
     def warn(self, text: str) -> None:
@@ -46,7 +47,8 @@ class Display:
         if kind == "start":
             self.steps = event["max_steps"]
             made_up = " with made-up losses (--synthetic)" if event["synthetic"] else ""
-            self.warn(f"training on {event['device']}{made_up}: {event['max_steps']} steps of {event['tokens_per_step']} tokens")
+            self.warn(f"training on {event['device']}{made_up}: {event['max_steps']} steps "
+                      f"of {event['tokens_per_step']} tokens")
         elif kind == "step":
             self._step(event)
         elif kind == "eval":
@@ -62,7 +64,8 @@ class Display:
         if self.console.is_terminal:
             if self.task is None:
                 self.progress.start()
-                self.task = self.progress.add_task("", total=self.steps or None, completed=event["step"], numbers=numbers)
+                self.task = self.progress.add_task("", total=self.steps or None, completed=event["step"],
+                                                   numbers=numbers)
             self.progress.update(self.task, completed=event["step"] + 1, numbers=numbers)
         elif time.monotonic() - self.last_line >= QUIET_SECONDS:
             self.last_line = time.monotonic()

@@ -17,7 +17,8 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a bra
 
 def print_curve(run_dir: Path, out: TextIO) -> None:
     """Training loss over steps in braille dots, and validation losses beside it."""
-    events: list[dict[str, Any]] = [parse_json(line, str(run_dir / NAME)) for line in (run_dir / NAME).read_bytes().splitlines()]
+    log = run_dir / NAME
+    events: list[dict[str, Any]] = [parse_json(line, str(log)) for line in log.read_bytes().splitlines()]
     losses = [e["train_loss"] for e in events if e["event"] == "step"]
     evals = [e for e in events if e["event"] == "eval"]
     if len(losses) < 2:
@@ -25,7 +26,8 @@ def print_curve(run_dir: Path, out: TextIO) -> None:
     low, high = min(losses), max(losses)
     cells = [[0] * WIDTH for _ in range(HEIGHT)]
     for x in range(2 * WIDTH):
-        begin, end = x * len(losses) // (2 * WIDTH), max((x + 1) * len(losses) // (2 * WIDTH), x * len(losses) // (2 * WIDTH) + 1)
+        begin = x * len(losses) // (2 * WIDTH)
+        end = max((x + 1) * len(losses) // (2 * WIDTH), begin + 1)
         mean = sum(losses[begin:end]) / (end - begin)
         y = round((high - mean) / (high - low or 1) * (4 * HEIGHT - 1))
         cells[y // 4][x // 2] |= DOTS[y % 4][x % 2]
@@ -44,6 +46,7 @@ def print_sample(run_dir: Path, out: TextIO) -> None:
     config, params, metadata = load_model(path)
     tokenizer = Tokenizer.from_json(metadata["tokenizer.json"].encode(), str(path))
     ids = tokenizer.encode(PROMPT)
-    tokens = list(generate(params, config, ids, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8, top_k=50, seed=1, stop_id=tokenizer.eos_id))
+    tokens = list(generate(params, config, ids, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8, top_k=50, seed=1,
+                           stop_id=tokenizer.eos_id))
     print(f"a sample of {path.name}, temperature 0.8:\n", file=out)
     print("    " + tokenizer.decode(ids + tokens).replace("\n", "\n    ") + "\n", file=out)

@@ -29,9 +29,9 @@ from apr.strict import read_json
 TOKENS_PER_SHARD = 10_000_000
 SCAN = 1 << 20  # tokens read at a time when a shard is checked
 DTYPES: dict[str, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # no folder, nothing hidden, no byte that a path cannot hold
-MANIFEST_KEYS = {"format": str, "version": int, "dtype": str, "token_count": int, "documents": int, "vocab_size": int, "eos_id": int,
-                 "tokenizer_sha256": str, "shards": list}
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")  # no folder, nothing hidden, no byte a path cannot hold
+MANIFEST_KEYS = {"format": str, "version": int, "dtype": str, "token_count": int, "documents": int, "vocab_size": int,
+                 "eos_id": int, "tokenizer_sha256": str, "shards": list}
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ class FileShard:
         self.path, self.dtype = path, dtype
         file, size = open_regular(path)
         with file:
-            self.fd = os.dup(file.fileno())  # kept open: a file that is replaced meanwhile stays the one that was checked
+            self.fd = os.dup(file.fileno())  # kept open: a file replaced meanwhile stays the one that was checked
         weakref.finalize(self, os.close, self.fd)
         if size == 0 or size % dtype.itemsize:
-            raise FormatError(str(path), f"a positive multiple of {dtype.itemsize} bytes", f"{size} bytes", "write the shard again")
+            raise FormatError(str(path), f"a positive multiple of {dtype.itemsize} bytes", f"{size} bytes",
+                              "write the shard again")
         self.tokens = size // dtype.itemsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -69,15 +70,16 @@ class FileShard:
         with os_errors(str(self.path)):
             data = os.pread(self.fd, (stop - start) * width, start * width)
         if len(data) != (stop - start) * width:
-            raise StorageError(str(self.path), f"{(stop - start) * width} bytes at offset {start * width}", f"{len(data)}",
-                               "the file was cut while in use; restore it and resume")
+            raise StorageError(str(self.path), f"{(stop - start) * width} bytes at offset {start * width}",
+                               f"{len(data)}", "the file was cut while in use; restore it and resume")
         return np.frombuffer(data, self.dtype)
 
 
 class TokenSource:
     """A corpus: shards end to end, checked, with the places where documents start.
 
-    `tokens` in all; `starts` (documents,) int64; `histogram` (vocab_size,) of token counts; `fingerprint` of the contents.
+    `tokens` in all; `starts` (documents,) int64; `histogram` (vocab_size,) of token counts; `fingerprint` of the
+    contents.
     """
 
     def __init__(self, shards: list[Any], names: list[str], vocab_size: int, eos_id: int | None,
@@ -101,7 +103,8 @@ class TokenSource:
                 if eos_id is not None:
                     ends.append(np.flatnonzero(chunk == eos_id) + self.offsets[index] + start + 1)
             if expected_sha256 is not None and digest.hexdigest() != expected_sha256[index]:
-                raise IntegrityError(name, f"SHA-256 {expected_sha256[index][:16]}…", f"{digest.hexdigest()[:16]}…", "write the shards again")
+                raise IntegrityError(name, f"SHA-256 {expected_sha256[index][:16]}…", f"{digest.hexdigest()[:16]}…",
+                                     "write the shards again")
             whole.update(digest.digest())
         self.fingerprint = whole.hexdigest()
         self.starts = np.unique(np.concatenate([self.offsets[:1], *ends]))
@@ -121,14 +124,15 @@ class TokenSource:
     def check_entropy(self) -> float:
         """Entropy of the token distribution in bits.
 
-        Raises GateError (GATE-CORPUS-ENTROPY) when one token is over half of the corpus or the entropy is below 1 bit: a
-        model would reach a splendid loss on it and have learnt nothing.
+        Raises GateError (GATE-CORPUS-ENTROPY) when one token is over half of the corpus or the entropy is below 1 bit:
+        a model would reach a splendid loss on it and have learnt nothing.
         """
         share = self.histogram[self.histogram > 0] / self.tokens
         entropy = abs(float((share * np.log2(share)).sum()))
         if not (share.max() <= 0.5 and entropy >= 1.0):
             raise GateError(f"GATE-CORPUS-ENTROPY {self.name}", "no token over 50 % and at least 1 bit per token",
-                            f"token {int(self.histogram.argmax())} is {share.max():.2%} of {self.tokens} tokens, {entropy:.3f} bits",
+                            f"token {int(self.histogram.argmax())} is {share.max():.2%} of {self.tokens} tokens, "
+                            f"{entropy:.3f} bits",
                             "check that the tokenizer fits the text")
         return entropy
 
@@ -141,12 +145,13 @@ def memory_source(documents: Iterable[list[int]], vocab_size: int, eos_id: int) 
     return TokenSource([MemoryShard(np.concatenate(flat))], ["dataset"], vocab_size, eos_id)
 
 
-def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD,
+def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer,
+                 tokens_per_shard: int = TOKENS_PER_SHARD,
                  progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Write a folder of shards, its manifest and tokenizer.json; returns the manifest.
 
-    `progress(documents, tokens)` is called after each document. Raises ConfigError when `out` exists, FormatError for no
-    documents, StorageError; in every failure `out` does not exist afterwards.
+    `progress(documents, tokens)` is called after each document. Raises ConfigError when `out` exists, FormatError for
+    no documents, StorageError; in every failure `out` does not exist afterwards.
     """
     if out.exists():
         raise ConfigError(str(out), "a folder that does not exist yet", "something there", "choose another --output")
@@ -165,7 +170,8 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
             data = joined[:tokens_per_shard].astype(DTYPES[dtype]).tobytes()
             name = f"shard-{len(shards):04d}.bin"
             write_durable(temporary / name, data)
-            shards.append({"file": name, "tokens": len(data) // DTYPES[dtype].itemsize, "sha256": hashlib.sha256(data).hexdigest()})
+            shards.append({"file": name, "tokens": len(data) // DTYPES[dtype].itemsize,
+                           "sha256": hashlib.sha256(data).hexdigest()})
             buffer = [joined[tokens_per_shard:]]
             buffered = int(buffer[0].size)
 
@@ -181,8 +187,8 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
         if count == 0:
             raise FormatError("input", "at least one document", "none", "give some text")
         flush(1)
-        manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": total, "documents": count, "vocab_size": vocab,
-                    "eos_id": eos, "tokenizer_sha256": tokenizer.sha256, "shards": shards}
+        manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": total, "documents": count,
+                    "vocab_size": vocab, "eos_id": eos, "tokenizer_sha256": tokenizer.sha256, "shards": shards}
         write_durable(temporary / "tokenizer.json", tokenizer.json.encode())
         write_durable(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         with os_errors(str(out)):
@@ -214,13 +220,15 @@ def open_shards(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Tok
         return TokenSource(shards, [str(f) for f in files], vocab_size, tokenizer.eos_id if tokenizer else None)
     where, manifest = str(path / "manifest.json"), read_manifest(path / "manifest.json")
     if tokenizer is not None and tokenizer.sha256 != manifest["tokenizer_sha256"]:
-        raise FormatError(where, f"shards of this tokenizer ({tokenizer.sha256[:16]}…)", f"{manifest['tokenizer_sha256'][:16]}…",
+        raise FormatError(where, f"shards of this tokenizer ({tokenizer.sha256[:16]}…)",
+                          f"{manifest['tokenizer_sha256'][:16]}…",
                           "give the tokenizer that made them, or tokenize again")
     shards = [FileShard(path / s["file"], DTYPES[manifest["dtype"]]) for s in manifest["shards"]]
     for shard, entry in zip(shards, manifest["shards"], strict=True):
         if shard.tokens != entry["tokens"]:
             raise FormatError(str(shard.path), f"{entry['tokens']} tokens", f"{shard.tokens}", "write the shards again")
-    return TokenSource(shards, [str(s.path) for s in shards], vocab_size, manifest["eos_id"], [s["sha256"] for s in manifest["shards"]])
+    return TokenSource(shards, [str(s.path) for s in shards], vocab_size, manifest["eos_id"],
+                       [s["sha256"] for s in manifest["shards"]])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -236,14 +244,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not 1 <= values["vocab_size"] <= MAX_VOCABULARY:  # a histogram of this size is made
         raise FormatError(f"{where}: vocab_size", f"1 to {MAX_VOCABULARY}", str(values["vocab_size"]), "tokenize again")
     if not 0 <= values["eos_id"] < values["vocab_size"]:
-        raise FormatError(f"{where}: eos_id", f"an id in [0, {values['vocab_size']})", str(values["eos_id"]), "tokenize again")
+        raise FormatError(f"{where}: eos_id", f"an id in [0, {values['vocab_size']})", str(values["eos_id"]),
+                          "tokenize again")
     names = set()
     for entry in values["shards"]:
         good = (isinstance(entry, dict) and type(entry.get("file")) is str and type(entry.get("tokens")) is int
-                and type(entry.get("sha256")) is str and SHARD_NAME.fullmatch(entry["file"]) and entry["file"] not in names)
+                and type(entry.get("sha256")) is str and SHARD_NAME.fullmatch(entry["file"])
+                and entry["file"] not in names)
         if not good:
-            raise FormatError(f"{where}: shards", "file (a bare name, each once), tokens, sha256", repr(entry)[:80], "tokenize again")
+            raise FormatError(f"{where}: shards", "file (a bare name, each once), tokens, sha256", repr(entry)[:80],
+                              "tokenize again")
         names.add(entry["file"])
     if not names or sum(s["tokens"] for s in values["shards"]) != values["token_count"]:
-        raise FormatError(f"{where}: token_count", "the sum of the shards' tokens", str(values["token_count"])[:40], "tokenize again")
+        raise FormatError(f"{where}: token_count", "the sum of the shards' tokens", str(values["token_count"])[:40],
+                          "tokenize again")
     return values

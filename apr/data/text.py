@@ -5,7 +5,7 @@ A file named by the user must be readable, or the run ends; in a folder, what is
 
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +42,29 @@ def documents(paths: list[Path], content_field: str, skipped: Counter[str]) -> I
                 else:
                     yield from _folder_member(file, content_field, skipped)
         elif path.exists():
-            yield from _file(path, content_field)
+            yield from _not_empty(_file(path, content_field), skipped)
         else:
             raise NotFoundError(str(path), "a file or folder of text", "nothing there", "check the path")
 
 
 def _folder_member(path: Path, content_field: str, skipped: Counter[str]) -> Iterator[str]:
     if path.suffix in (".jsonl", ".parquet"):
-        yield from _file(path, content_field)
+        yield from _not_empty(_file(path, content_field), skipped)
         return
     try:
         text = read_text(path)
     except FormatError:
         skipped["not UTF-8 text"] += 1
         return
-    if text:
-        yield text
-    else:
-        skipped["empty"] += 1
+    yield from _not_empty([text], skipped)
+
+
+def _not_empty(texts: Iterable[str], skipped: Counter[str]) -> Iterator[str]:
+    for text in texts:
+        if text:
+            yield text
+        else:
+            skipped["empty"] += 1
 
 
 def _file(path: Path, content_field: str) -> Iterator[str]:

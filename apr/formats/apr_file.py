@@ -28,14 +28,23 @@ import numpy as np
 from apr.dtypes import APR_QUANTISED, BY_APR_CODE, BY_NUMPY
 from apr.errors import FormatError, IntegrityError
 from apr.files import CHUNK, open_regular, os_errors, replacing
-from apr.formats.tensors import MAX_DIMENSIONS, MAX_NAME, TensorEntry, checked_name, checked_shape, checked_tiling, raw_bytes, read_tensor
+from apr.formats.tensors import (
+    MAX_DIMENSIONS,
+    MAX_NAME,
+    TensorEntry,
+    checked_name,
+    checked_shape,
+    checked_tiling,
+    raw_bytes,
+    read_tensor,
+)
 from apr.strict import MAX_JSON_BYTES, parse_json
 
 MAGIC, HEADER = b"APR\0", struct.Struct("<4sBBHIQIQQI20s")
 ALIGN = 64
 MAX_ENTRY = 2 + MAX_NAME + 2 + 8 * MAX_DIMENSIONS + 16
-FLAGS = {1: "LZ4", 2: "ZSTD", 4: "ENCRYPTED", 8: "SIGNED", 16: "SHARDED", 32: "QUANTIZED", 64: "FILTERBANK", 128: "MODEL_CARD",
-         256: "STREAMING", 512: "HAS_VOCAB", 1024: "ROW_MAJOR", 2048: "COLUMN_MAJOR"}
+FLAGS = {1: "LZ4", 2: "ZSTD", 4: "ENCRYPTED", 8: "SIGNED", 16: "SHARDED", 32: "QUANTIZED", 64: "FILTERBANK",
+         128: "MODEL_CARD", 256: "STREAMING", 512: "HAS_VOCAB", 1024: "ROW_MAJOR", 2048: "COLUMN_MAJOR"}
 ROW_MAJOR, HAS_VOCAB = 1024, 512
 ACCEPTED_FLAGS = ROW_MAJOR | HAS_VOCAB | 32 | 128
 
@@ -98,15 +107,17 @@ def _checked(path: Path, file: BinaryIO, size: int) -> AprFile:
     if (major, minor) != (2, 0):
         refuse("version 2.0", f"{major}.{minor}", "convert it with the tool that wrote it")
     if zlib.crc32(head[44:], zlib.crc32(head[:40])) != crc:
-        raise IntegrityError(f"{where}: header", f"CRC32 {crc:08x}", f"{zlib.crc32(head[44:], zlib.crc32(head[:40])):08x}",
-                             "the file is damaged; get it again")
+        raise IntegrityError(f"{where}: header", f"CRC32 {crc:08x}",
+                             f"{zlib.crc32(head[44:], zlib.crc32(head[:40])):08x}", "the file is damaged; get it again")
     if flags & ~ACCEPTED_FLAGS or not flags & ROW_MAJOR:
         names = [name for bit, name in FLAGS.items() if flags & bit] + [f"bit {flags & ~4095:#x}"] * bool(flags & ~4095)
         refuse("a plain row-major file", "flags " + ", ".join(names), "convert it with the tool that wrote it")
     if reserved != bytes(20):
         refuse("20 reserved bytes of zero", "others", "the file is newer than this reader, or damaged")
-    if meta_at != HEADER.size or meta_size > MAX_JSON_BYTES or index_at != _up(meta_at + meta_size) or not index_at <= data_at <= size - 4:
-        refuse(f"metadata, index, data and checksum in turn within {size} bytes", f"offsets {meta_at}, {index_at}, {data_at}, size {meta_size}")
+    if (meta_at != HEADER.size or meta_size > MAX_JSON_BYTES or index_at != _up(meta_at + meta_size)
+            or not index_at <= data_at <= size - 4):
+        refuse(f"metadata, index, data and checksum in turn within {size} bytes",
+               f"offsets {meta_at}, {index_at}, {data_at}, size {meta_size}")
     index_size = data_at - index_at
     if data_at % ALIGN or not 20 * count <= index_size < MAX_ENTRY * count + ALIGN:  # it is read whole
         refuse("room for the index", f"{count} tensors in {index_size} bytes")
@@ -136,7 +147,8 @@ def _index(where: str, data: bytes, count: int, data_at: int, end: int) -> dict[
     def take(n: int) -> bytes:
         part = stream.read(n)
         if len(part) != n:
-            raise FormatError(f"{where}: index entry {len(entries)}", f"{n} more bytes", f"{len(part)}", "write the file again")
+            raise FormatError(f"{where}: index entry {len(entries)}", f"{n} more bytes", f"{len(part)}",
+                              "write the file again")
         return part
 
     for _ in range(count):
@@ -144,25 +156,31 @@ def _index(where: str, data: bytes, count: int, data_at: int, end: int) -> dict[
         raw = take(length)
         place = f"{where}: tensor {raw[:80]!r}"
         if not 1 <= length <= MAX_NAME or b"\0" in raw or raw <= last:
-            raise FormatError(place, f"names of 1 to {MAX_NAME} bytes, ascending, each once", "another", "write the file again")
+            raise FormatError(place, f"names of 1 to {MAX_NAME} bytes, ascending, each once", "another",
+                              "write the file again")
         try:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
             raise FormatError(place, "a name in UTF-8", "other bytes", "write the file again") from None
         code, ndim = take(2)
         if code in APR_QUANTISED:
-            raise FormatError(place, "an unquantised dtype", APR_QUANTISED[code], "dequantise it with the tool that wrote it")
+            raise FormatError(place, "an unquantised dtype", APR_QUANTISED[code],
+                              "dequantise it with the tool that wrote it")
         if code not in BY_APR_CODE or ndim > MAX_DIMENSIONS:
-            raise FormatError(place, f"a known dtype and at most {MAX_DIMENSIONS} sizes", f"dtype {code}, {ndim} sizes", "write the file again")
+            raise FormatError(place, f"a known dtype and at most {MAX_DIMENSIONS} sizes", f"dtype {code}, {ndim} sizes",
+                              "write the file again")
         sizes = struct.unpack(f"<{ndim}Q", take(8 * ndim))
         offset, nbytes = struct.unpack("<QQ", take(16))
         if offset % ALIGN or data_at + offset + nbytes > end:
-            raise FormatError(place, f"aligned data within {end - data_at} bytes", f"offset {offset}, {nbytes} bytes", "the file is cut short or damaged")
-        entries[name] = TensorEntry(name, BY_APR_CODE[code], checked_shape(place, sizes, BY_APR_CODE[code], nbytes), data_at + offset, nbytes)
+            raise FormatError(place, f"aligned data within {end - data_at} bytes", f"offset {offset}, {nbytes} bytes",
+                              "the file is cut short or damaged")
+        entries[name] = TensorEntry(name, BY_APR_CODE[code], checked_shape(place, sizes, BY_APR_CODE[code], nbytes),
+                                    data_at + offset, nbytes)
         last = raw
     rest = stream.read()
     if len(rest) >= ALIGN or any(rest):
-        raise FormatError(f"{where}: index", "nothing but padding after the last entry", f"{len(rest)} bytes", "write the file again")
+        raise FormatError(f"{where}: index", "nothing but padding after the last entry", f"{len(rest)} bytes",
+                          "write the file again")
     return entries
 
 
@@ -177,7 +195,8 @@ def _check_payload(where: str, file: BinaryIO, size: int) -> None:
         crc, left = zlib.crc32(part, crc), left - len(part)
     stored = int.from_bytes(file.read(4), "little")
     if crc != stored:
-        raise IntegrityError(f"{where}: contents", f"CRC32 {stored:08x}", f"{crc:08x}", "the file is damaged; get it again")
+        raise IntegrityError(f"{where}: contents", f"CRC32 {stored:08x}", f"{crc:08x}",
+                             "the file is damaged; get it again")
 
 
 def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -193,7 +212,8 @@ def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
         if dtype is None or dtype.apr_code is None or array.ndim > MAX_DIMENSIONS:
             raise FormatError(f"tensor '{name}'", f"a dtype of apr/dtypes.py and at most {MAX_DIMENSIONS} sizes",
                               f"{array.dtype}, {array.ndim} sizes", "convert it")
-        index += struct.pack(f"<H{len(raw)}sBB{array.ndim}QQQ", len(raw), raw, dtype.apr_code, array.ndim, *array.shape, position, array.nbytes)
+        index += struct.pack(f"<H{len(raw)}sBB{array.ndim}QQQ", len(raw), raw, dtype.apr_code, array.ndim, *array.shape,
+                             position, array.nbytes)
         position = _up(position + array.nbytes)
     text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False).encode("utf-8")
     if len(text) > MAX_JSON_BYTES:

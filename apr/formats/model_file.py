@@ -21,14 +21,16 @@ from apr.params import param_specs, parameter_count
 SPLIT_HALF = 2  # upstream's rope_type: 0 pairs neighbours, 2 pairs halves
 
 
-def model_metadata(config: TransformerConfig, name: str, tokenizer_json: str | None, eos_id: int | None) -> dict[str, Any]:
+def model_metadata(config: TransformerConfig, name: str, tokenizer_json: str | None,
+                   eos_id: int | None) -> dict[str, Any]:
     """The metadata of a model's .apr file."""
     out: dict[str, Any] = {
         "name": name, "version": "0.1.0", "format": "apr-model", "model_type": config.hf_model_type,
-        "architecture": config.hf_model_type, "hf_architecture": config.hf_architecture, "hf_model_type": config.hf_model_type,
-        "hidden_size": config.C, "num_layers": config.L, "num_heads": config.NH, "num_kv_heads": config.NKV, "head_dim": config.HS,
-        "intermediate_size": config.F, "vocab_size": config.V, "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta, "rope_type": SPLIT_HALF, "rms_norm_eps": config.rms_norm_eps,
+        "architecture": config.hf_model_type, "hf_architecture": config.hf_architecture,
+        "hf_model_type": config.hf_model_type, "hidden_size": config.C, "num_layers": config.L, "num_heads": config.NH,
+        "num_kv_heads": config.NKV, "head_dim": config.HS, "intermediate_size": config.F, "vocab_size": config.V,
+        "max_position_embeddings": config.max_position_embeddings, "rope_theta": config.rope_theta,
+        "rope_type": SPLIT_HALF, "rms_norm_eps": config.rms_norm_eps,
         "param_count": parameter_count(config), "hf_config": to_hf(config)}
     if tokenizer_json is not None:
         out.update({"tokenizer.json": tokenizer_json, "tokenizer.eos_token_id": eos_id})
@@ -38,11 +40,13 @@ def model_metadata(config: TransformerConfig, name: str, tokenizer_json: str | N
 def config_from_metadata(metadata: Mapping[str, Any], where: str) -> TransformerConfig:
     """The configuration in a file's metadata. Raises FormatError when there is none or its two spellings disagree."""
     if "hf_config" not in metadata:
-        raise FormatError(f"{where}: metadata", "'hf_config', the model's configuration", "none", "give a model that apr wrote")
+        raise FormatError(f"{where}: metadata", "'hf_config', the model's configuration", "none",
+                          "give a model that apr wrote")
     config = from_hf(metadata["hf_config"], f"{where}: hf_config")
     for key, value in model_metadata(config, "", None, None).items():
         if key not in ("name", "version", "format", "hf_config") and key in metadata and metadata[key] != value:
-            raise FormatError(f"{where}: {key}", f"{value!r}, as in hf_config", repr(metadata[key])[:60], "the file contradicts itself")
+            raise FormatError(f"{where}: {key}", f"{value!r}, as in hf_config", repr(metadata[key])[:60],
+                              "the file contradicts itself")
     return config
 
 
@@ -75,19 +79,23 @@ def check_coverage(config: TransformerConfig, arrays: Mapping[str, np.ndarray], 
     missing, extra = sorted(specs.keys() - arrays.keys()), sorted(arrays.keys() - specs.keys())
     if missing or extra:
         raise FormatError(where, f"exactly the {len(specs)} tensors of this {config.hf_model_type}",
-                          f"missing {missing[:5]} ({len(missing)}), not used {extra[:5]} ({len(extra)})", "give the file of this model")
+                          f"missing {missing[:5]} ({len(missing)}), not used {extra[:5]} ({len(extra)})",
+                          "give the file of this model")
     out = {}
     for name, spec in specs.items():
         array = arrays[name]
         if array.shape != spec.shape:
-            raise FormatError(f"{where}: tensor '{name}'", f"shape {list(spec.shape)}", f"{list(array.shape)}", "give the file of this model")
+            raise FormatError(f"{where}: tensor '{name}'", f"shape {list(spec.shape)}", f"{list(array.shape)}",
+                              "give the file of this model")
         if array.dtype.kind in "iub":
-            raise FormatError(f"{where}: tensor '{name}'", "a floating-point dtype", str(array.dtype), "give the file of this model")
-        with np.errstate(all="ignore"):  # what overflows or is no number is found below, and is no warning on a terminal
+            raise FormatError(f"{where}: tensor '{name}'", "a floating-point dtype", str(array.dtype),
+                              "give the file of this model")
+        with np.errstate(all="ignore"):  # what overflows or is no number is found below, and no warning on a terminal
             values = array.astype(np.float32, copy=False)
             total = float(values.sum(dtype=np.float64))
         if not math.isfinite(total):
             bad = int(np.argmax(~np.isfinite(values.reshape(-1))))
-            raise FormatError(f"{where}: tensor '{name}'", "finite values", f"{values.reshape(-1)[bad]} at element {bad}", "the weights are damaged")
+            raise FormatError(f"{where}: tensor '{name}'", "finite values",
+                              f"{values.reshape(-1)[bad]} at element {bad}", "the weights are damaged")
         out[name] = values
     return out

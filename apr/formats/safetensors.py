@@ -97,7 +97,8 @@ def encode_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
     for name, array in arrays.items():
         if checked_name("safetensors", name) in header:
             raise FormatError(f"tensor '{name}'", "a name that the format leaves free", "its own", "rename the tensor")
-        header[name] = {"dtype": _dtype(name, array).name, "shape": list(array.shape), "data_offsets": [position, position + array.nbytes]}
+        header[name] = {"dtype": _dtype(name, array).name, "shape": list(array.shape),
+                        "data_offsets": [position, position + array.nbytes]}
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)

@@ -37,12 +37,15 @@ def checked_name(where: str, name: str) -> str:
 
 def checked_shape(where: str, shape: Any, dtype: DType, nbytes: int) -> tuple[int, ...]:
     """The shape, if it is one and fills exactly `nbytes`; products are Python integers, which do not wrap."""
-    if not (isinstance(shape, (list, tuple)) and len(shape) <= MAX_DIMENSIONS and all(type(d) is int and 0 <= d < 2**63 for d in shape)):
-        raise FormatError(where, f"a shape of at most {MAX_DIMENSIONS} sizes, 0 or more", repr(shape)[:60], "write the file again")
+    if not (isinstance(shape, (list, tuple)) and len(shape) <= MAX_DIMENSIONS
+            and all(type(d) is int and d >= 0 for d in shape)):
+        raise FormatError(where, f"a shape of at most {MAX_DIMENSIONS} sizes, 0 or more", repr(shape)[:60],
+                          "write the file again")
     if math.prod(d for d in shape if d) * dtype.size >= 2**63:  # NumPy makes no such array, not even an empty one
         raise FormatError(where, "a shape that fits in memory", f"{list(shape)}", "write the file again")
     if math.prod(shape) * dtype.size != nbytes:
-        raise FormatError(where, f"{math.prod(shape) * dtype.size} bytes for {dtype.name} {list(shape)}", f"{nbytes}", "write the file again")
+        raise FormatError(where, f"{math.prod(shape) * dtype.size} bytes for {dtype.name} {list(shape)}", f"{nbytes}",
+                          "write the file again")
     return tuple(shape)
 
 
@@ -52,8 +55,8 @@ def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, e
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
         if entry.start != position:
             kind = "an overlap" if entry.start < position else "a gap"
-            raise FormatError(f"{where}: tensor '{entry.name}'", f"its data at offset {position}", f"{kind}: {entry.start}",
-                              "write the file again")
+            raise FormatError(f"{where}: tensor '{entry.name}'", f"its data at offset {position}",
+                              f"{kind}: {entry.start}", "write the file again")
         position = entry.start + -(-entry.nbytes // align) * align
     if position != end:
         raise FormatError(where, f"tensors that end with their section, at byte {end}", f"byte {position}",
@@ -61,13 +64,14 @@ def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, e
 
 
 def read_tensor(file: BinaryIO, path: Path, entry: TensorEntry) -> np.ndarray:
-    """A tensor of an open file in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
+    """A tensor of an open file in memory of its own. Raises StorageError, FormatError when the file is now shorter."""
     out = np.empty(entry.shape, entry.dtype.numpy)
     with os_errors(str(path)):
         file.seek(entry.start)
         got = file.readinto(out.reshape(-1).view(np.uint8)) if entry.nbytes else 0  # type: ignore[attr-defined]
     if got != entry.nbytes:
-        raise FormatError(f"{path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}", "the file was cut; get it again")
+        raise FormatError(f"{path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}",
+                          "the file was cut; get it again")
     return out
 
 

@@ -13,7 +13,7 @@ from apr.rng import generator
 
 
 def sample(logits: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
-    """A token id from scores (V,): the largest at temperature 0, else drawn from the softmax of the top_k (0: of all)."""
+    """A token id from scores (V,): the largest at temperature 0, else drawn from the softmax of the top_k (0: all)."""
     if temperature == 0:
         return int(logits.argmax())
     scores = logits.astype(np.float64) / temperature
@@ -23,8 +23,8 @@ def sample(logits: np.ndarray, temperature: float, top_k: int, rng: np.random.Ge
     return int(np.searchsorted(np.cumsum(odds), rng.random() * odds.sum(), side="right"))
 
 
-def generate(params: dict[str, np.ndarray], config: TransformerConfig, prompt: list[int], max_tokens: int, vocab_limit: int, *,
-             temperature: float, top_k: int, seed: int, stop_id: int | None) -> Iterator[int]:
+def generate(params: dict[str, np.ndarray], config: TransformerConfig, prompt: list[int], max_tokens: int,
+             vocab_limit: int, *, temperature: float, top_k: int, seed: int, stop_id: int | None) -> Iterator[int]:
     """Token ids that continue `prompt`, until stop_id, max_tokens or the model's last position.
 
     vocab_limit is the tokenizer's size: rows of the head beyond it are padding and are never drawn.

@@ -22,7 +22,10 @@ Tables = tuple[np.ndarray, np.ndarray]
 
 
 class Weights:
-    """A layer's parameters (or gradients) by short name: `w["q_proj.weight"]` of `model.layers.3.self_attn.q_proj.weight`."""
+    """A layer's parameters (or gradients) by short name.
+
+    `w["q_proj.weight"]` is the layer's `model.layers.3.self_attn.q_proj.weight`.
+    """
 
     def __init__(self, arrays: Arrays, layer: int) -> None:
         self.arrays, self.prefix = arrays, f"model.layers.{layer}."

@@ -12,7 +12,7 @@ def embedding_forward(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
     ids (B, T) int, 0 <= id < V; weight (V, C) float. Returns (B, T, C), a copy. Raises IndexError for an id out of
     range, negative ones included: NumPy would wrap them silently.
     """
-    if ids.size and not (0 <= int(ids.min()) and int(ids.max()) < weight.shape[0]):
+    if ids.size and not (int(ids.min()) >= 0 and int(ids.max()) < weight.shape[0]):
         raise IndexError(f"token id outside [0, {weight.shape[0]}): min {ids.min()}, max {ids.max()}")
     return weight[ids]
 

@@ -19,5 +19,5 @@ def global_norm(grads: np.ndarray) -> float:
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
-    """What to multiply gradients by so that their norm is at most max_norm; 1 when it already is, NaN for a norm of NaN."""
+    """What to multiply gradients by so that their norm is at most max_norm; 1 when it already is, NaN for NaN."""
     return 1.0 if norm <= max_norm else max_norm / norm

@@ -35,8 +35,8 @@ def model_forward(params: Arrays, config: TransformerConfig, ids: np.ndarray, sa
     """
     t = ids.shape[1]
     if not 1 <= t <= config.max_position_embeddings:
-        raise ShapeError("ids (B, T)", f"1 <= T <= max_position_embeddings = {config.max_position_embeddings}", f"T = {t}",
-                         "shorten the sequence")
+        raise ShapeError("ids (B, T)", f"1 <= T <= max_position_embeddings = {config.max_position_embeddings}",
+                         f"T = {t}", "shorten the sequence")
     x = embedding_forward(ids, params[EMBED])
     if tap is not None:
         tap("embedding", x)
@@ -68,14 +68,15 @@ def model_backward(params: Arrays, grads: Arrays, config: TransformerConfig, dlo
         tap(tap_name("final_norm", grad=True), dnormed)
     dx = rmsnorm_backward(grads[NORM], dnormed, saved["x"], params[NORM], saved["rstd"])
     for layer in reversed(range(config.L)):
-        dx = block_backward(params, grads, config, layer, dx, saved["tables"], saved["layers"].pop(), layer_tap(tap, layer, grad=True))
+        dx = block_backward(params, grads, config, layer, dx, saved["tables"], saved["layers"].pop(),
+                            layer_tap(tap, layer, grad=True))
     if tap is not None:
         tap(tap_name("embedding", grad=True), dx)
     embedding_backward(grads[EMBED], dx, saved["ids"])
 
 
-def loss_and_gradients(params: Arrays, grads: Arrays, config: TransformerConfig, inputs: np.ndarray, targets: np.ndarray,
-                       dloss: float, tap: Tap | None = None) -> float:
+def loss_and_gradients(params: Arrays, grads: Arrays, config: TransformerConfig, inputs: np.ndarray,
+                       targets: np.ndarray, dloss: float, tap: Tap | None = None) -> float:
     """Sum of the losses in nats; gradients of dloss times that sum are added to `grads`.
 
     inputs, targets (B, T) int, targets IGNORE where there is none. With dloss = 1 / (counted targets) it is the mean's
@@ -91,7 +92,8 @@ def loss_and_gradients(params: Arrays, grads: Arrays, config: TransformerConfig,
 def loss_sum(params: Arrays, config: TransformerConfig, inputs: np.ndarray, targets: np.ndarray) -> float:
     """Sum of the losses in nats, without gradients; arguments as loss_and_gradients."""
     logits = model_forward(params, config, inputs)
-    return float(cross_entropy_forward_backward(logits.reshape(-1, config.V), targets.reshape(-1), None).sum(dtype=np.float64))
+    losses = cross_entropy_forward_backward(logits.reshape(-1, config.V), targets.reshape(-1), None)
+    return float(losses.sum(dtype=np.float64))
 
 
 def count_targets(targets: np.ndarray) -> int:

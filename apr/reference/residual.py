@@ -1,8 +1,8 @@
 """The residual stream: what a sub-layer computed is added to what it was given.
 
 MATH   out = inp + update        dinp = dout        dupdate = dout
-The gradient at a join has two parts, the identity's and the sub-layer's; `residual_backward` is where they meet. (Upstream
-lost the second part for the first join of each block.)
+The gradient at a join has two parts, the identity's and the sub-layer's; `residual_backward` is where they meet.
+(Upstream lost the second part for the first join of each block.)
 """
 
 import numpy as np

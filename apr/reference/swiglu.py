@@ -9,7 +9,7 @@ import numpy as np
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), any shape. exp may overflow to inf for very negative x; the quotient is then 0, as it should be."""
+    """1 / (1 + exp(-x)), any shape. exp may overflow to inf for very negative x; the quotient is then 0, rightly."""
     with np.errstate(over="ignore"):
         out = np.exp(-x)
     out += 1.0

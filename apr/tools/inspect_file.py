@@ -36,7 +36,8 @@ def inspect(path: Path) -> dict[str, Any]:
         return _tokenizer(path)
     if path.suffix == ".bin":
         return _shards(path)
-    raise FormatError(str(path), ".apr, .safetensors, tokenizer .json, .bin or a folder", f"'{path.suffix}'", "check the path")
+    raise FormatError(str(path), ".apr, .safetensors, tokenizer .json, .bin or a folder", f"'{path.suffix}'",
+                      "check the path")
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -50,11 +51,13 @@ def _folder(path: Path) -> dict[str, Any]:
         read_manifest(path / MANIFEST)
     if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
         return _tokenizer(path)
-    raise FormatError(str(path), "a run, checkpoint, shard folder or tokenizer folder", "none of these", "check the path")
+    raise FormatError(str(path), "a run, checkpoint, shard folder or tokenizer folder", "none of these",
+                      "check the path")
 
 
 def _tensors(entries: dict[str, TensorEntry]) -> list[dict[str, Any]]:
-    return [{"name": e.name, "dtype": e.dtype.name, "shape": list(e.shape), "bytes": e.nbytes} for e in entries.values()]
+    return [{"name": e.name, "dtype": e.dtype.name, "shape": list(e.shape), "bytes": e.nbytes}
+            for e in entries.values()]
 
 
 def _apr(path: Path) -> dict[str, Any]:
@@ -76,7 +79,8 @@ def _apr(path: Path) -> dict[str, Any]:
 def _safetensors(path: Path) -> dict[str, Any]:
     opened = open_safetensors(path)
     opened.close()
-    return {"kind": "safetensors", "path": str(path), "sha256": sha256_file(path), "metadata": opened.metadata, "tensors": _tensors(opened.entries)}
+    return {"kind": "safetensors", "path": str(path), "sha256": sha256_file(path), "metadata": opened.metadata,
+            "tensors": _tensors(opened.entries)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -86,9 +90,10 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         if key not in s:
             raise FormatError(f"{path / 'state.json'}: {key}", "a value", "none", "use another checkpoint")
     return {"kind": "checkpoint", "path": str(path), "checksum": "ok", "step": s["step"], "config": to_hf(found.config),
-            "parameters": parameter_count(found.config), "parameters_sha256": s["parameters_sha256"], "optimizer_sha256": s["optimizer_sha256"],
-            "loop": s["loop"], "data": s["data"],
-            "tensors": [{"name": n, "dtype": "F32", "shape": list(a.shape), "bytes": a.nbytes} for n, a in found.params.items()]}
+            "parameters": parameter_count(found.config), "parameters_sha256": s["parameters_sha256"],
+            "optimizer_sha256": s["optimizer_sha256"], "loop": s["loop"], "data": s["data"],
+            "tensors": [{"name": n, "dtype": "F32", "shape": list(a.shape), "bytes": a.nbytes}
+                        for n, a in found.params.items()]}
 
 
 def _run(path: Path) -> dict[str, Any]:
@@ -97,8 +102,9 @@ def _run(path: Path) -> dict[str, Any]:
     for folder in steps(path / "ckpt"):
         read_checkpoint(folder)
         checkpoints.append(folder.name)
-    return {"kind": "run", "path": str(path), "steps": sum(e.get("event") == "step" for e in events), "checkpoints": checkpoints,
-            "checksum": "ok", "end": next((e for e in reversed(events) if e.get("event") == "end"), None)}
+    return {"kind": "run", "path": str(path), "steps": sum(e.get("event") == "step" for e in events),
+            "checkpoints": checkpoints, "checksum": "ok",
+            "end": next((e for e in reversed(events) if e.get("event") == "end"), None)}
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +112,8 @@ def _events(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         event = parse_json(line, f"{path} line {number}")
         if not isinstance(event, dict):
-            raise FormatError(f"{path} line {number}", "an event, a JSON object", type(event).__name__, "restore the log")
+            raise FormatError(f"{path} line {number}", "an event, a JSON object", type(event).__name__,
+                              "restore the log")
         events.append(event)
     return events
 
@@ -123,8 +130,10 @@ def _shards(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path / MANIFEST) if os.path.lexists(path / MANIFEST) else None
     tokenizer = Tokenizer.load(path) if manifest and (path / "tokenizer.json").is_file() else None
     source = open_shards(path, tokenizer, manifest["vocab_size"] if manifest else MAX_VOCABULARY)
-    out = {"kind": "shards", "path": str(path), "tokens": source.tokens, "documents": len(source.starts) if manifest else None,
+    out = {"kind": "shards", "path": str(path), "tokens": source.tokens,
+           "documents": len(source.starts) if manifest else None,
            "largest_id": int(source.histogram.nonzero()[0].max()), "entropy_bits": round(source.check_entropy(), 4)}
     if manifest is not None:
-        out.update(checksum="ok", vocab_size=manifest["vocab_size"], tokenizer_sha256=manifest["tokenizer_sha256"], dtype=manifest["dtype"])
+        out.update(checksum="ok", vocab_size=manifest["vocab_size"], tokenizer_sha256=manifest["tokenizer_sha256"],
+                   dtype=manifest["dtype"])
     return out

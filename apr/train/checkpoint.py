@@ -1,12 +1,12 @@
 """Checkpoints that a crash cannot spoil: a folder made under a temporary name, fsynced, then renamed.
 
-    RUN_DIR/ckpt/step-00000100/   config.json model.safetensors tokenizer.json   (together a Hugging Face model folder)
-                                  optimizer.safetensors                          (m.<name>, v.<name>)
-                                  state.json                                     (step, loop, data cursor, log position)
-                                  manifest.json                                  (size and SHA-256 of each, written last)
+    RUN_DIR/ckpt/step-00000100/   config.json model.safetensors tokenizer.json  (together a Hugging Face model folder)
+                                  optimizer.safetensors                         (m.<name>, v.<name>)
+                                  state.json                                    (step, loop, data cursor, log position)
+                                  manifest.json                                 (size and SHA-256 of each, written last)
 
-A folder without a manifest, or whose files differ from it, is not a checkpoint: it is passed over, and said so. Which one
-is newest is read off the names, never off clocks.
+A folder without a manifest, or whose files differ from it, is not a checkpoint: it is passed over, and said so. Which
+one is newest is read off the names, never off clocks.
 """
 
 import json
@@ -112,28 +112,33 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises NotFoundError, FormatError, IntegrityError naming the file, StorageError.
     """
     if not (path / MANIFEST).is_file():
-        raise NotFoundError(str(path / MANIFEST), "a checkpoint's manifest", "nothing there", "this folder is no complete checkpoint")
+        raise NotFoundError(str(path / MANIFEST), "a checkpoint's manifest", "nothing there",
+                            "this folder is no complete checkpoint")
     manifest, where = read_json(path / MANIFEST), str(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != 1:
-        raise FormatError(where, f"format '{FORMAT}' version 1", "another", "give a checkpoint that this version of apr wrote")
+        raise FormatError(where, f"format '{FORMAT}' version 1", "another",
+                          "give a checkpoint that this version of apr wrote")
     files = manifest.get("files")
     needed = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
     if not isinstance(files, dict) or not needed <= files.keys() or any("/" in name for name in files):
         raise FormatError(where, "files " + ", ".join(sorted(needed)), "others", "use another checkpoint")
     for name, entry in files.items():
         if not isinstance(entry, dict) or not (path / name).is_file():
-            raise IntegrityError(str(path / name), "the file that the manifest lists", "nothing", "use another checkpoint")
+            raise IntegrityError(str(path / name), "the file that the manifest lists", "nothing",
+                                 "use another checkpoint")
         size = (path / name).stat().st_size
         if size != entry.get("size"):
             raise IntegrityError(str(path / name), f"{entry.get('size')} bytes", f"{size}", "use another checkpoint")
         if sha256_file(path / name) != entry.get("sha256"):
-            raise IntegrityError(str(path / name), f"SHA-256 {str(entry.get('sha256'))[:16]}…", "another", "use another checkpoint")
+            raise IntegrityError(str(path / name), f"SHA-256 {str(entry.get('sha256'))[:16]}…", "another",
+                                 "use another checkpoint")
     config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
     params = check_coverage(config, _read_arrays(path / "model.safetensors"), str(path / "model.safetensors"))
     optimizer = _read_arrays(path / "optimizer.safetensors")
     expected = {f"{kind}.{name}": array.shape for kind in "mv" for name, array in params.items()}
     if {name: array.shape for name, array in optimizer.items()} != expected:
-        raise FormatError(str(path / "optimizer.safetensors"), "m and v of every parameter", "others", "use another checkpoint")
+        raise FormatError(str(path / "optimizer.safetensors"), "m and v of every parameter", "others",
+                          "use another checkpoint")
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or state.get("step") != manifest.get("step"):
         raise FormatError(str(path / "state.json"), "the manifest's step", "another", "use another checkpoint")

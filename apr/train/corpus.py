@@ -81,8 +81,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: RunConfig) -> None:
     Raises GateError GATE-ARCH-370M-011 (upstream's id for both).
     """
     exact = config.init is None and config.model.V == 50257
-    if tokenizer.vocab_size > config.model.V or exact and tokenizer.vocab_size != config.model.V:
-        raise GateError("GATE-ARCH-370M-011", f"a tokenizer of {'exactly' if exact else 'at most'} {config.model.V} ids, the model's",
+    if tokenizer.vocab_size > config.model.V or (exact and tokenizer.vocab_size != config.model.V):
+        raise GateError("GATE-ARCH-370M-011",
+                        f"a tokenizer of {'exactly' if exact else 'at most'} {config.model.V} ids, the model's",
                         f"{tokenizer.vocab_size}", "give the tokenizer of this model, or set --vocab-size")
 
 
@@ -90,8 +91,9 @@ def _say(config: RunConfig, source: TokenSource, stream: TrainStream, heldout: l
          note: Callable[[str], None]) -> None:
     train = config.train
     passes = train.max_steps * train.batch_size * train.accumulation_steps / stream.rows_per_epoch
-    note(f"data: {stream.tokens} training tokens in {len(stream.starts)} documents, {sum(b.num_tokens for b in heldout)} held out, "
-         f"{entropy:.2f} bits per token; {train.max_steps} steps are {passes:.2f} passes")
+    note(f"data: {stream.tokens} training tokens in {len(stream.starts)} documents, "
+         f"{sum(b.num_tokens for b in heldout)} held out, {entropy:.2f} bits per token; "
+         f"{train.max_steps} steps are {passes:.2f} passes")
     if passes > 1 and not config.allow_shard_cycle:
         steps = stream.rows_per_epoch // (train.batch_size * train.accumulation_steps)
         note(f"the data ends after step {steps}; --allow-shard-cycle trains on it again")

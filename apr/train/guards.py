@@ -1,7 +1,7 @@
 """Guards: pure functions of host numbers that say whether a run may go on.
 
-Three states and no NaN tricks: WARMUP (too little history to judge by it), OK, TRIP. Anything not finite is TRIP in every
-state. Upstream's bounds passed on garbage (an epoch-0 cap of 2 ln V, one side only); these have two sides.
+Three states and no NaN tricks: WARMUP (too little history to judge by it), OK, TRIP. Anything not finite is TRIP in
+every state. Upstream's bounds passed on garbage (an epoch-0 cap of 2 ln V, one side only); these have two sides.
 """
 
 import math
@@ -45,13 +45,15 @@ def _trip(gate: str, expected: str, found: str) -> Verdict:
     return Verdict(State.TRIP, gate, expected, found)
 
 
-def judge_step(loss: float, grad_norm: float, lr: float, tokens_per_sec: float, wall_ms: float, history: Sequence[float]) -> Verdict:
-    """A training step: loss in nats, gradient norm, learning rate, rate, milliseconds; `history` holds earlier losses."""
+def judge_step(loss: float, grad_norm: float, lr: float, tokens_per_sec: float, wall_ms: float,
+               history: Sequence[float]) -> Verdict:
+    """A training step: loss in nats, gradient norm, learning rate, rate, milliseconds; `history`: earlier losses."""
     for name, value in (("loss", loss), ("grad_norm", grad_norm), ("lr", lr)):
         if not math.isfinite(value):
             return _trip("INV-TRAIN-007", f"a finite {name}", str(value))
     if loss == 1.0 and grad_norm == 1.0:
-        return _trip("INV-TRAIN-011", "a measured loss and norm", "exactly 1.0 and 1.0, the placeholder of exhausted data")
+        return _trip("INV-TRAIN-011", "a measured loss and norm",
+                     "exactly 1.0 and 1.0, the placeholder of exhausted data")
     if not (loss > 0 and grad_norm >= 0 and lr >= 0):
         return _trip("INV-TRAIN-008", "loss > 0, grad_norm >= 0, lr >= 0", f"{loss}, {grad_norm}, {lr}")
     for name, value in (("tokens_per_sec", tokens_per_sec), ("wall_ms", wall_ms)):
@@ -61,7 +63,9 @@ def judge_step(loss: float, grad_norm: float, lr: float, tokens_per_sec: float, 
         return Verdict(State.WARMUP)
     limit = SPIKE * median(history[-WINDOW:]) + 1.0
     if not loss <= limit:
-        return _trip("INV-TRAIN-005", f"a loss of at most {limit:.3f} (median of the last {WINDOW} steps, times {SPIKE:g}, plus 1)", f"{loss:.4f}")
+        return _trip("INV-TRAIN-005",
+                     f"a loss of at most {limit:.3f} (median of the last {WINDOW} steps, times {SPIKE:g}, plus 1)",
+                     f"{loss:.4f}")
     return Verdict(State.OK)
 
 
@@ -70,7 +74,8 @@ def judge_initial(val_loss: float, vocab_size: int, fresh: bool) -> Verdict:
     uniform = math.log(vocab_size)
     low, high = (uniform - BELOW_UNIFORM, uniform + ABOVE_UNIFORM) if fresh else (0.0, math.inf)
     if not (math.isfinite(val_loss) and val_loss > 0 and low <= val_loss <= high):
-        return _trip("EVAL-METHODOLOGY-001", f"an initial val_loss in [{low:.3f}, {high:.3f}] (ln V = {uniform:.3f})", f"{val_loss}")
+        return _trip("EVAL-METHODOLOGY-001", f"an initial val_loss in [{low:.3f}, {high:.3f}] (ln V = {uniform:.3f})",
+                     f"{val_loss}")
     return Verdict(State.OK)
 
 
@@ -84,8 +89,10 @@ def judge_val(val_loss: float, previous: float | None, vocab_size: int, recent_t
     if not val_loss <= ceiling:
         return _trip("INV-TRAIN-005", f"val_loss of at most ln V + 1 = {ceiling:.3f}", f"{val_loss:.4f}")
     if previous is not None and not val_loss <= DIVERGENCE_RATIO * previous:
-        return _trip("INV-TRAIN-005", f"val_loss of at most {DIVERGENCE_RATIO:g} times the previous {previous:.4f}", f"{val_loss:.4f}")
+        return _trip("INV-TRAIN-005", f"val_loss of at most {DIVERGENCE_RATIO:g} times the previous {previous:.4f}",
+                     f"{val_loss:.4f}")
     if recent_train is not None and not val_loss >= SUSPICIOUS_RATIO * recent_train:
-        return _trip("EVAL-METHODOLOGY-002", f"val_loss of at least {SUSPICIOUS_RATIO:g} times the recent training loss {recent_train:.4f}",
+        return _trip("EVAL-METHODOLOGY-002",
+                     f"val_loss of at least {SUSPICIOUS_RATIO:g} times the recent training loss {recent_train:.4f}",
                      f"{val_loss:.6f}")
     return Verdict(State.WARMUP if previous is None else State.OK)

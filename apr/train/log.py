@@ -1,6 +1,7 @@
 """train.jsonl: one JSON object a line, each with an `event`; and the sinks that see the same events.
 
-    start       what is trained on what              step    step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
+    start       what is trained on what
+    step        step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
     eval        step, epoch, val_loss                 checkpoint, guard, resume, note
     end         status, detail, initial_val_loss, final_val_loss, …
 
@@ -23,7 +24,7 @@ NAME = "train.jsonl"
 
 
 def to_line(event: Event) -> str:
-    """An event as one line of JSON; NaN and infinities, which JSON cannot say, become the texts "nan", "inf", "-inf"."""
+    """An event as one line of JSON; NaN and infinities, which JSON cannot say, become "nan", "inf", "-inf"."""
     plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
     return json.dumps(plain, allow_nan=False)
 
@@ -37,7 +38,8 @@ class RunLog:
             if keep_bytes is not None:
                 size = self.path.stat().st_size
                 if size < keep_bytes:
-                    raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{size}", "restore the log, or start a new run")
+                    raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{size}",
+                                      "restore the log, or start a new run")
                 os.truncate(self.path, keep_bytes)
             self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
 

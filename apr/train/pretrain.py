@@ -1,8 +1,8 @@
-"""PretrainLoop: epochs of steps, validation, guards, early stopping, checkpoints. Policy only; the work is done by what it
-is given, so that the same loop drives the NumPy trainer, the GPU trainer and the synthetic stand-ins.
+"""PretrainLoop: epochs of steps, validation, guards, early stopping, checkpoints. Policy only; the work is done by what
+it is given, so that the same loop drives the NumPy trainer, the GPU trainer and the synthetic stand-ins.
 
-An epoch is `steps_per_epoch` steps, not a pass over the data. After each: validation, guards, then the checkpoint, so that
-no model that failed a guard is ever saved.
+An epoch is `steps_per_epoch` steps, not a pass over the data. After each: validation, guards, then the checkpoint, so
+that no model that failed a guard is ever saved.
 """
 
 import math
@@ -96,8 +96,9 @@ def checkpoint_event(step: int, artifact: dict[str, Any] | None) -> Event:
 class PretrainLoop:
     """Runs a training to its end; `emit` takes every event, `stop_requested` is asked after each step."""
 
-    def __init__(self, config: LoopConfig, train: TransformerTrainConfig, vocab_size: int, fresh: bool, step_fn: StepFn, val_fn: ValFn,
-                 checkpoint_fn: CheckpointFn, emit: Sink, stop_requested: Callable[[], str | None], state: LoopState | None = None) -> None:
+    def __init__(self, config: LoopConfig, train: TransformerTrainConfig, vocab_size: int, fresh: bool, step_fn: StepFn,
+                 val_fn: ValFn, checkpoint_fn: CheckpointFn, emit: Sink, stop_requested: Callable[[], str | None],
+                 state: LoopState | None = None) -> None:
         self.config, self.train, self.vocab_size, self.fresh = config, train, vocab_size, fresh
         self.step_fn, self.val_fn, self.checkpoint_fn = step_fn, val_fn, checkpoint_fn
         self.emit, self.stop_requested = emit, stop_requested
@@ -160,8 +161,9 @@ class PretrainLoop:
         if verdict.tripped:
             self._require(verdict)
         s.tokens_seen += stats.tokens
-        self.emit({"event": "step", "step": s.step, "train_loss": stats.loss, "grad_norm": stats.grad_norm, "lr": stats.lr,
-                   "tokens_per_sec": round(rate, 1), "wall_ms": round(wall_ms, 3), "tokens_seen": s.tokens_seen})
+        self.emit({"event": "step", "step": s.step, "train_loss": stats.loss, "grad_norm": stats.grad_norm,
+                   "lr": stats.lr, "tokens_per_sec": round(rate, 1), "wall_ms": round(wall_ms, 3),
+                   "tokens_seen": s.tokens_seen})
         s.step += 1
         s.losses = [*s.losses[1 - WINDOW:], stats.loss]
         s.epoch_loss_sum += stats.loss * stats.tokens
@@ -180,7 +182,8 @@ class PretrainLoop:
         s.val_losses.append(val_loss)
         train_loss = s.epoch_loss_sum / s.epoch_tokens
         artifact = EpochArtifact(s.epoch, train_loss, val_loss, math.exp(train_loss), math.exp(val_loss),
-                                 self.checkpoint_fn.optimizer_state_sha256(), s.epoch_seconds, s.tokens_seen, s.epoch_grad_norm_max)
+                                 self.checkpoint_fn.optimizer_state_sha256(), s.epoch_seconds, s.tokens_seen,
+                                 s.epoch_grad_norm_max)
         s.epoch += 1
         s.epoch_loss_sum, s.epoch_tokens, s.epoch_grad_norm_max, s.epoch_seconds = 0.0, 0, 0.0, 0.0
         self._save(artifact)
@@ -212,14 +215,16 @@ class PretrainLoop:
 
     def _require(self, verdict: Verdict) -> None:
         if verdict.tripped:
-            self.emit({"event": "guard", "step": self.state.step, "gate": verdict.gate, "expected": verdict.expected, "found": verdict.found})
+            self.emit({"event": "guard", "step": self.state.step, "gate": verdict.gate, "expected": verdict.expected,
+                       "found": verdict.found})
             raise GateError(f"{verdict.gate} at step {self.state.step}", verdict.expected, verdict.found,
                             "the run ended here; the last checkpoint is from before this step")
 
     def _end(self, status: str, detail: str) -> dict[str, Any]:
         s = self.state
         event = {"event": "end", "status": status, "detail": detail, "initial_val_loss": s.initial_val_loss,
-                 "final_val_loss": s.val_losses[-1] if s.val_losses else None, "epochs_completed": s.epoch, "steps_recorded": s.step,
-                 "val_loss_history": s.val_losses, "tokens_seen": s.tokens_seen, "wall_seconds": round(s.wall_seconds, 3)}
+                 "final_val_loss": s.val_losses[-1] if s.val_losses else None, "epochs_completed": s.epoch,
+                 "steps_recorded": s.step, "val_loss_history": s.val_losses, "tokens_seen": s.tokens_seen,
+                 "wall_seconds": round(s.wall_seconds, 3)}
         self.emit(event)
         return event

@@ -88,7 +88,8 @@ class SavedState:
 class RealRun:
     """StepFn, ValFn and CheckpointFn over a trainer and a corpus."""
 
-    def __init__(self, config: RunConfig, trainer: TransformerTrainer, corpus: Corpus, run_dir: Path, log: RunLog, passes: int) -> None:
+    def __init__(self, config: RunConfig, trainer: TransformerTrainer, corpus: Corpus, run_dir: Path, log: RunLog,
+                 passes: int) -> None:
         self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
         self.ckpt_dir = run_dir / "ckpt"
 
@@ -126,11 +127,12 @@ class RealRun:
             else:
                 self.trainer.save_apr_with_tokenizer(stem.with_suffix(".apr"), tokenizer)
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
-        saved = SavedState(state.step, self.trainer.step, state, self.log.sync(), asdict(artifact) if artifact else None,
-                           DataCursor(self.corpus.fingerprint, self.passes), self.trainer.parameters_sha256(),
-                           self.trainer.optimizer_state_sha256())
-        checkpoint.write_checkpoint(self.ckpt_dir, state.step, self.trainer.model, self.trainer.params, self.trainer.optimizer_state(),
-                                    asdict(saved), tokenizer.json if tokenizer else None)
+        saved = SavedState(state.step, self.trainer.step, state, self.log.sync(),
+                           asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
+                           self.trainer.parameters_sha256(), self.trainer.optimizer_state_sha256())
+        checkpoint.write_checkpoint(self.ckpt_dir, state.step, self.trainer.model, self.trainer.params,
+                                    self.trainer.optimizer_state(), asdict(saved),
+                                    tokenizer.json if tokenizer else None)
 
 
 def make_trainer(config: RunConfig) -> TransformerTrainer:
@@ -157,7 +159,8 @@ def refuse_used(run_dir: Path) -> None:
     with os_errors(str(run_dir)):
         if run_dir.exists() and (not run_dir.is_dir() or any(p.name != "lock" for p in run_dir.iterdir())):
             what = "another run" if (run_dir / "run.json").exists() else "other files"
-            raise ConfigError(str(run_dir), "an empty or new folder", what, "choose another --run-dir, or add --resume to go on with a run")
+            raise ConfigError(str(run_dir), "an empty or new folder", what,
+                              "choose another --run-dir, or add --resume to go on with a run")
 
 
 def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -> dict[str, Any]:
@@ -178,11 +181,13 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -
         refuse_used(run_dir)
         if corpus is not None and corpus.tokenizer is not None:
             write_atomic(run_dir / "tokenizer.json", corpus.tokenizer.json.encode())
-        write_atomic(run_dir / "run.json", json.dumps({"config": config.encode(), "versions": versions()}, indent=1).encode())
+        write_atomic(run_dir / "run.json",
+                     json.dumps({"config": config.encode(), "versions": versions()}, indent=1).encode())
         with RunLog(run_dir, sinks) as log:
-            log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode, "dataset": config.dataset,
-                 "vocab_size": config.model.V, "max_steps": config.train.max_steps, "tokens_per_step": config.train.tokens_per_step,
-                 "entropy_bits": corpus and corpus.entropy, "train_tokens": corpus and corpus.train_tokens, **versions()})
+            log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode,
+                 "dataset": config.dataset, "vocab_size": config.model.V, "max_steps": config.train.max_steps,
+                 "tokens_per_step": config.train.tokens_per_step, "entropy_bits": corpus and corpus.entropy,
+                 "train_tokens": corpus and corpus.train_tokens, **versions()})
             for text in notes:
                 log({"event": "note", "step": 0, "text": text})
             return _loop(config, run_dir, log, trainer, corpus, None)
@@ -202,7 +207,8 @@ def resume(config: RunConfig, run_dir: Path, sinks: list[Sink], warn: Any) -> di
         tokenizer = Tokenizer.load(run_dir / "tokenizer.json") if (run_dir / "tokenizer.json").is_file() else None
         corpus = open_corpus(config, tokenizer, lambda _text: None)
         if saved.data.fingerprint != corpus.fingerprint:
-            raise ConfigError(str(config.dataset), "the tokens that the run began with", "others", "restore the data, or start a new run")
+            raise ConfigError(str(config.dataset), "the tokens that the run began with", "others",
+                              "restore the data, or start a new run")
         trainer = TransformerTrainer.with_model(config.model, found.params, config.train)
         for name, view in trainer.optimizer_state().items():
             view[...] = found.optimizer[name]
@@ -217,7 +223,8 @@ def _decode_state(found: checkpoint.Checkpoint) -> SavedState:
     try:
         return msgspec.convert(found.state, SavedState, strict=True)
     except msgspec.ValidationError as e:
-        raise FormatError(str(found.path / "state.json"), "the state of a run", str(e), "use another checkpoint") from None
+        raise FormatError(str(found.path / "state.json"), "the state of a run", str(e),
+                          "use another checkpoint") from None
 
 
 def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: TransformerTrainer | None, corpus: Corpus | None,
@@ -235,4 +242,5 @@ def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: TransformerTra
 
 def versions() -> dict[str, str]:
     """What ran: apr, Python, NumPy, tokenizers."""
-    return {"apr": apr.__version__, "python": platform.python_version(), "numpy": version("numpy"), "tokenizers": version("tokenizers")}
+    return {"apr": apr.__version__, "python": platform.python_version(), "numpy": version("numpy"),
+            "tokenizers": version("tokenizers")}

@@ -23,7 +23,7 @@ TOKENS_PER_PARAMETER = 10  # below this a run is refused (CHINCHILLA-001) unless
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run: the model, how it is trained, the loop's policy, and where data come from (paths as text, None for none)."""
+    """A run: the model, its training, the loop's policy, and where data come from (paths as text, None for none)."""
 
     model: TransformerConfig
     train: TransformerTrainConfig
@@ -42,10 +42,12 @@ class RunConfig:
         require("val_batches", self.val_batches, "at least 1", self.val_batches >= 1)
         for name in ("steps_per_epoch", "min_epochs"):
             require(name, getattr(self.loop, name), "at least 1", getattr(self.loop, name) >= 1)
-        require("target_val_loss", self.loop.target_val_loss, "positive and finite", 0 < self.loop.target_val_loss < float("inf"))
+        require("target_val_loss", self.loop.target_val_loss, "positive and finite",
+                0 < self.loop.target_val_loss < float("inf"))
         require("patience", self.loop.patience, "0 or more", self.loop.patience >= 0)
         if not self.synthetic and self.dataset is None:
-            raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them", "say what to train on")
+            raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them",
+                              "say what to train on")
 
     def encode(self) -> dict[str, Any]:
         """Plain data for run.json."""
@@ -55,17 +57,23 @@ class RunConfig:
     def decode(cls, values: Any, where: str) -> "RunConfig":
         """From run.json. Raises ConfigError."""
         try:
-            return msgspec.convert(values, cls, strict=True)
+            decoded = msgspec.convert(values, cls, strict=True)
         except msgspec.ValidationError as e:
             raise ConfigError(where, "the configuration of a run", str(e), "start a new run") from None
+        unknown = sorted(_flat(values).keys() - _flat(decoded.encode()).keys())
+        if unknown:  # which msgspec passes over
+            raise ConfigError(where, "known keys", ", ".join(unknown), "start a new run")
+        return decoded
 
 
 def check_resumed(saved: RunConfig, asked: RunConfig, where: str) -> None:
     """Demand that flags given with --resume change nothing. Raises ConfigError listing each difference."""
     before, after = _flat(saved.encode()), _flat(asked.encode())
-    different = [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    different = [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in sorted(before.keys() | after.keys())
+                 if before.get(k) != after.get(k)]
     if different:
-        raise ConfigError(where, "the configuration that the run began with", "; ".join(different), "drop these flags, or start a new run")
+        raise ConfigError(where, "the configuration that the run began with", "; ".join(different),
+                          "drop these flags, or start a new run")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -78,13 +86,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_provisioned(model: TransformerConfig, train: TransformerTrainConfig, forced: bool) -> str | None:
     """Upstream's Chinchilla gate for a run with --init: tokens per parameter, N counted as upstream counts.
 
-    Returns a warning between 10 and 20 tokens per parameter. Raises ConfigError (CHINCHILLA-001) below 10 unless forced.
+    Returns a warning between 10 and 20 tokens per parameter. Raises ConfigError (CHINCHILLA-001) below 10 unless
+    forced.
     """
     n = model.V * model.C + model.L * (4 * model.C**2 + 3 * model.C * model.F) + model.C
     tokens = train.max_steps * train.tokens_per_step
     if tokens < TOKENS_PER_PARAMETER * n and not forced:
-        raise ConfigError("CHINCHILLA-001", f"at least {TOKENS_PER_PARAMETER} tokens per parameter ({TOKENS_PER_PARAMETER * n})", f"{tokens}",
-                          "train longer, or add --force-under-provisioned")
+        raise ConfigError("CHINCHILLA-001",
+                          f"at least {TOKENS_PER_PARAMETER} tokens per parameter ({TOKENS_PER_PARAMETER * n})",
+                          f"{tokens}", "train longer, or add --force-under-provisioned")
     return f"{tokens / n:.1f} tokens per parameter; 20 are advised" if tokens < 2 * TOKENS_PER_PARAMETER * n else None
 
 

@@ -8,6 +8,7 @@ gradient buffer of its own, and the buffers are added in slice order. The cut de
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -41,13 +42,13 @@ def cut(batch: LMBatch) -> list[LMBatch]:
     """The batch as at most SLICES batches of whole sequences, sizes as equal as they can be, in order."""
     count = min(SLICES, batch.batch_size)
     bounds = [i * batch.batch_size // count for i in range(count + 1)]
-    return [LMBatch(batch.inputs[a:b], batch.targets[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [LMBatch(batch.inputs[a:b], batch.targets[a:b]) for a, b in pairwise(bounds)]
 
 
 def ranges(start: int, stop: int) -> list[slice]:
     """[start, stop) of flat memory in SLICES pieces, for work that is element by element."""
     edges = [start + i * (stop - start) // SLICES for i in range(SLICES + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def add_in_order(total: np.ndarray, parts: Sequence[np.ndarray], runner: SliceRunner) -> None:

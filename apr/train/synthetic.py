@@ -1,7 +1,7 @@
 """Stand-ins for the trainer and the validation, for exercising the loop: no model, no data, no checkpoint.
 
-The curves are upstream's: training loss falls by a hundredth of the target per step, validation loss linearly per epoch.
-Every event of such a run says so: its `start` has `synthetic: true`.
+The curves are upstream's: training loss falls by a hundredth of the target per step, validation loss linearly per
+epoch. Every event of such a run says so: its `start` has `synthetic: true`.
 """
 
 from apr.train.pretrain import EpochArtifact, LoopState

@@ -28,7 +28,9 @@ from apr.train.slices import SliceRunner, add_in_order, cut, ranges
 @dataclass(frozen=True)
 class StepStats:
     """What a step did: mean loss in nats per token, gradient norm before clipping, the learning rate that was applied,
-    the targets that counted, and whether the update was applied (not when loss or norm is not finite, or no target counts)."""
+    the targets that counted, and whether the update was applied (not when loss or norm is not finite, or no target
+    counts).
+    """
 
     loss: float
     grad_norm: float
@@ -50,7 +52,8 @@ class TransformerTrainer:
         if config.precision != "fp32":
             raise UnavailableError("precision", "fp32 on the CPU", config.precision, "use --precision fp32")
         self.model, self.config, self.layout = model, config, layout(model)
-        self.params_buf, self.grads_buf, self.m_buf, self.v_buf = (np.zeros(self.layout.size, np.float32) for _ in range(4))
+        self.params_buf, self.grads_buf, self.m_buf, self.v_buf = (
+            np.zeros(self.layout.size, np.float32) for _ in range(4))
         self.params, self.grads = self.layout.views(self.params_buf), self.layout.views(self.grads_buf)
         self.runner, self._slice_bufs = SliceRunner(), list[np.ndarray]()
         self.step = 0
@@ -64,8 +67,9 @@ class TransformerTrainer:
         return trainer
 
     @classmethod
-    def with_model(cls, model: TransformerConfig, arrays: dict[str, np.ndarray], config: TransformerTrainConfig) -> "TransformerTrainer":
-        """A trainer with given weights and a fresh optimizer. Raises FormatError unless they are exactly the model's."""
+    def with_model(cls, model: TransformerConfig, arrays: dict[str, np.ndarray],
+                   config: TransformerTrainConfig) -> "TransformerTrainer":
+        """A trainer with given weights and fresh optimizer. Raises FormatError unless they are exactly the model's."""
         trainer = cls(model, config)
         for name, values in check_coverage(model, arrays, "weights").items():
             trainer.params[name][...] = values
@@ -74,8 +78,8 @@ class TransformerTrainer:
     def train_batch(self, batch: LMBatch | Sequence[LMBatch], lr: float | None = None) -> float:
         """One optimizer step on a batch, or on several micro-batches; returns the mean loss in nats per token.
 
-        `lr` None means the schedule's at `step`. With no counted target, or a loss or norm that is not finite, nothing is
-        applied; `last_stats` says so and the loss is returned as it is (NaN for no target).
+        `lr` None means the schedule's at `step`. With no counted target, or a loss or norm that is not finite, nothing
+        is applied; `last_stats` says so and the loss is returned as it is (NaN for no target).
         """
         micro = [batch] if isinstance(batch, LMBatch) else list(batch)
         tokens = sum(b.num_tokens for b in micro)
@@ -99,7 +103,8 @@ class TransformerTrainer:
             buffer = self._slice_bufs[index]
             buffer.fill(0.0)
             part = slices[index]
-            return loss_and_gradients(self.params, self.layout.views(buffer), self.model, part.inputs, part.targets, dloss)
+            return loss_and_gradients(self.params, self.layout.views(buffer), self.model, part.inputs, part.targets,
+                                      dloss)
 
         losses = self.runner.map(run, range(len(slices)))
         add_in_order(self.grads_buf, self._slice_bufs[:len(slices)], self.runner)
@@ -129,7 +134,7 @@ class TransformerTrainer:
         return self.eval_batches([batch])
 
     def eval_batches(self, batches: Sequence[LMBatch]) -> float:
-        """Mean loss over all counted targets of several batches (not the mean of their means). Raises ShapeError if none."""
+        """Mean loss over all counted targets of several batches, no mean of means. Raises ShapeError if none."""
         tokens = sum(b.num_tokens for b in batches)
         if tokens == 0:
             raise ShapeError("eval_batches", "at least one counted target", "none", "give other data")
@@ -159,7 +164,8 @@ class TransformerTrainer:
 
     def save_apr_with_tokenizer(self, path: Path, tokenizer: Tokenizer) -> None:
         """The model and its tokenizer as an .apr file. Raises StorageError."""
-        save_model(path, self.model, self.params, f"{self.model.hf_model_type}-pretrain", tokenizer.json, tokenizer.eos_id)
+        save_model(path, self.model, self.params, f"{self.model.hf_model_type}-pretrain", tokenizer.json,
+                   tokenizer.eos_id)
 
 
 def _sha256(arrays: dict[str, np.ndarray], step: int) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints under damage: kills at any moment, a full disk, flipped bits, cut files; the newest whole one always loads."""
+"""Damaged checkpoints: kills at any moment, a full disk, flipped bits, cut files; the newest whole one always loads."""
 
 import errno
 import json
@@ -27,7 +27,8 @@ def trained(steps=2):
 
 
 def save(folder, trainer, step):
-    return checkpoint.write_checkpoint(folder, step, trainer.model, trainer.params, trainer.optimizer_state(), {"step": step}, "{}")
+    return checkpoint.write_checkpoint(folder, step, trainer.model, trainer.params, trainer.optimizer_state(),
+                                       {"step": step}, "{}")
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
@@ -44,7 +45,8 @@ def test_only_the_newest_two_are_kept(tmp_path):
     trainer = trained()
     for step in range(5):
         save(tmp_path, trainer, step)
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000003"] and len(list(tmp_path.iterdir())) == 2
+    assert ([p.name for p in checkpoint.steps(tmp_path)] == ["step-00000004", "step-00000003"]
+            and len(list(tmp_path.iterdir())) == 2)
 
 
 @pytest.mark.filterwarnings("ignore:This process")  # fork beside BLAS threads; the child only writes files
@@ -65,7 +67,8 @@ def test_kill_at_random_moments(tmp_path):
         time.sleep(moment.uniform(0, 3 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        torn += any(".tmp-" in p.name for p in tmp_path.iterdir()) or any(not (p / "manifest.json").exists() for p in checkpoint.steps(tmp_path))
+        torn += (any(".tmp-" in p.name for p in tmp_path.iterdir())
+                 or any(not (p / "manifest.json").exists() for p in checkpoint.steps(tmp_path)))
         warnings = []
         found = checkpoint.latest(tmp_path, warnings.append)
         assert found.path >= newest, f"kill {step} lost {newest.name}: {warnings}"
@@ -93,7 +96,8 @@ def test_a_full_disk_keeps_the_previous_one(tmp_path, monkeypatch):
         except StorageError as e:
             assert e.exit_code == 7 and "No space left" in str(e)
         whole = checkpoint.latest(tmp_path, lambda _: None)
-        assert whole.path.name in ("step-00000001", "step-00000002") and not any(".tmp-" in p.name for p in tmp_path.iterdir())
+        assert (whole.path.name in ("step-00000001", "step-00000002")
+                and not any(".tmp-" in p.name for p in tmp_path.iterdir()))
     assert nth >= 8, "every file and both folders are fsynced"
 
 

@@ -37,21 +37,25 @@ class Script:
 
 def run(script, events, stop=lambda: None, state=None, fresh=False, **loop):
     config = LoopConfig(**{"steps_per_epoch": 5, "target_val_loss": 0.5, **loop})
-    return PretrainLoop(config, train_config(max_steps=12, warmup_steps=3), VOCAB, fresh, script, script, script, events.append, stop, state).run()
+    return PretrainLoop(config, train_config(max_steps=12, warmup_steps=3), VOCAB, fresh, script, script, script,
+                        events.append, stop, state).run()
 
 
 def test_a_whole_run():
     script, events = Script(), []
     end = run(script, events)
-    assert [e["event"] for e in events] == ["eval", "checkpoint", *["step"] * 5, "eval", "checkpoint", *["step"] * 5, "eval", "checkpoint",
-                                            *["step"] * 2, "eval", "checkpoint", "end"]
-    assert end["status"] == "OK" and end["steps_recorded"] == 12 and end["epochs_completed"] == 3 and end["tokens_seen"] == 12 * 64
+    assert [e["event"] for e in events] == ["eval", "checkpoint", *["step"] * 5, "eval", "checkpoint", *["step"] * 5,
+                                            "eval", "checkpoint", *["step"] * 2, "eval", "checkpoint", "end"]
+    assert end["status"] == "OK" and end["steps_recorded"] == 12
+    assert end["epochs_completed"] == 3 and end["tokens_seen"] == 12 * 64
     assert script.rates == [lr_at(train_config(max_steps=12, warmup_steps=3), s) for s in range(12)]
     steps = [e for e in events if e["event"] == "step"]
     assert [e["lr"] for e in steps] == script.rates
-    assert all(e.keys() == {"event", "step", "train_loss", "grad_norm", "lr", "tokens_per_sec", "wall_ms", "tokens_seen"} for e in steps)  # INV-TRAIN-001
+    keys = {"event", "step", "train_loss", "grad_norm", "lr", "tokens_per_sec", "wall_ms", "tokens_seen"}
+    assert all(e.keys() == keys for e in steps)  # INV-TRAIN-001
     artifact = script.saved[-1][0]
-    assert artifact.epoch == 2 and artifact.train_loss == 5.0 and artifact.train_ppl == math.exp(5.0) and artifact.tokens_seen == 768
+    assert artifact.epoch == 2 and artifact.tokens_seen == 768
+    assert artifact.train_loss == 5.0 and artifact.train_ppl == math.exp(5.0)
 
 
 def test_target_and_patience():
@@ -70,13 +74,15 @@ def test_exhausted_data_is_an_end_and_no_number(steps):
 
 
 @pytest.mark.parametrize(("script", "gate", "steps"), [
-    (Script(losses={3: math.nan}), "INV-TRAIN-007", 3), (Script(vals={0: math.nan}), "INV-TRAIN-007", 5), (Script(losses={2: 0.0}), "INV-TRAIN-008", 2),
-    (Script(vals={0: 8.5}), "INV-TRAIN-005", 5), (Script(vals={0: 2.0, 1: 4.1}), "INV-TRAIN-005", 10)])
+    (Script(losses={3: math.nan}), "INV-TRAIN-007", 3), (Script(vals={0: math.nan}), "INV-TRAIN-007", 5),
+    (Script(losses={2: 0.0}), "INV-TRAIN-008", 2), (Script(vals={0: 8.5}), "INV-TRAIN-005", 5),
+    (Script(vals={0: 2.0, 1: 4.1}), "INV-TRAIN-005", 10)])
 def test_a_tripped_guard_ends_the_run_and_saves_nothing_after_it(script, gate, steps):
     events = []
     with pytest.raises(GateError, match=gate):
         run(script, events)
-    assert [e["event"] for e in events[-2:]] == ["guard", "end"] and events[-1]["status"] == "ABORTED" and events[-2]["gate"] == gate
+    assert [e["event"] for e in events[-2:]] == ["guard", "end"]
+    assert events[-1]["status"] == "ABORTED" and events[-2]["gate"] == gate
     assert script.saved[-1][1] < max(steps, 1)
 
 
@@ -122,7 +128,9 @@ def test_a_finished_run_that_is_resumed_is_finished():
 def test_synthetic_runs_are_equal_and_reach_the_target():
     def once():
         events, work = [], SyntheticRun(3.0, 3, 64)
-        PretrainLoop(LoopConfig(steps_per_epoch=5), train_config(max_steps=15), 50257, False, work, work, work, events.append, lambda: None).run()
-        return [{k: v for k, v in e.items() if k not in ("tokens_per_sec", "wall_ms", "wall_seconds", "train_seconds")} for e in events]
+        PretrainLoop(LoopConfig(steps_per_epoch=5), train_config(max_steps=15), 50257, False, work, work, work,
+                     events.append, lambda: None).run()
+        return [{k: v for k, v in e.items() if k not in ("tokens_per_sec", "wall_ms", "wall_seconds", "train_seconds")}
+                for e in events]
     first = once()
     assert first == once() and first[-1]["final_val_loss"] == 3.0 and first[-1]["status"] == "OK"

@@ -24,7 +24,8 @@ TIMES = ("tokens_per_sec", "wall_ms", "wall_seconds")
 
 
 def arguments(folder, *more) -> Namespace:
-    return build("pretrain").parse_args(["--config", str(folder / "run.yaml"), "--dataset", str(folder / "texts"), "--run-dir", "unused", *more])
+    return build("pretrain").parse_args(["--config", str(folder / "run.yaml"), "--dataset", str(folder / "texts"),
+                                         "--run-dir", "unused", *more])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def end_state(run_dir):
 def without_stop(state):
     """The log of a stopped and resumed run has one checkpoint more: that of the stop."""
     step, params, optimizer, log = state
-    return step, params, optimizer, [e for e in log if not (e["event"] == "checkpoint" and "epoch" not in e and e["step"] > 0)]
+    kept = [e for e in log if not (e["event"] == "checkpoint" and "epoch" not in e and e["step"] > 0)]
+    return step, params, optimizer, kept
 
 
 def stop_at(step, number):
@@ -69,7 +71,8 @@ def test_what_a_run_leaves(whole):
     assert {p.name for p in (whole / "ckpt").iterdir()} == {"step-00000016", "step-00000024"} | {
         f"epoch-00{i}.{kind}" for i in range(3) for kind in ("apr", "metadata.json")}
     meta = json.loads((whole / "ckpt" / "epoch-002.metadata.json").read_text())
-    assert set(meta) == {"epoch", "train_loss", "val_loss", "train_ppl", "val_ppl", "optimizer_state_sha", "wall_seconds", "tokens_seen", "grad_norm_max"}
+    assert set(meta) == {"epoch", "train_loss", "val_loss", "train_ppl", "val_ppl", "optimizer_state_sha",
+                         "wall_seconds", "tokens_seen", "grad_norm_max"}
     state = checkpoint.latest(whole / "ckpt", print)
     assert meta["optimizer_state_sha"] == state.state["optimizer_sha256"] and meta["tokens_seen"] == 24 * 4 * 2 * 16
     _, params, metadata = load_model(whole / "ckpt" / "epoch-002.apr")
@@ -112,8 +115,8 @@ def test_stop_in_mid_accumulation(folder, whole, tmp_path, monkeypatch):
 
 
 def command(folder, run_dir, *more):
-    return [sys.executable, "-m", "apr", "pretrain", "--config", str(folder / "run.yaml"), "--dataset", str(folder / "texts"),
-            "--run-dir", str(run_dir), *more]
+    return [sys.executable, "-m", "apr", "pretrain", "--config", str(folder / "run.yaml"),
+            "--dataset", str(folder / "texts"), "--run-dir", str(run_dir), *more]
 
 
 def wait_for_step(run_dir, step):
@@ -172,7 +175,8 @@ def test_resuming_refuses_other_flags_other_data_and_no_run(folder, tmp_path):
 
 def test_two_writers_of_one_directory(folder, tmp_path):
     run_dir = tmp_path / "run"
-    child = subprocess.Popen(command(folder, run_dir, "--num-steps", "100000"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command(folder, run_dir, "--num-steps", "100000"), stderr=subprocess.DEVNULL,
+                             stdout=subprocess.DEVNULL)
     try:
         wait_for_step(run_dir, 2)
         with pytest.raises(ConfigError, match="pid"):
@@ -184,8 +188,8 @@ def test_two_writers_of_one_directory(folder, tmp_path):
 
 def test_a_second_signal_ends_at_once(folder, tmp_path):
     run_dir = tmp_path / "run"
-    child = subprocess.Popen(command(folder, run_dir, "--num-steps", "100000", "--batch-size", "16", "--grad-accum", "64"),
-                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    slow = command(folder, run_dir, "--num-steps", "100000", "--batch-size", "16", "--grad-accum", "64")
+    child = subprocess.Popen(slow, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for_step(run_dir, 0)
     child.send_signal(signal.SIGTERM)
     time.sleep(0.1)
@@ -212,8 +216,8 @@ def test_a_failed_save_is_exit_7_and_keeps_the_checkpoint_before(folder, tmp_pat
 
 def test_data_that_end_end_the_run(folder, tmp_path):
     (tmp_path / "run.yaml").write_text(YAML.replace("allow_shard_cycle: true", "allow_shard_cycle: false"))
-    args = build("pretrain").parse_args(["--config", str(tmp_path / "run.yaml"), "--dataset", str(folder / "texts"), "--run-dir", "unused",
-                                         "--num-steps", "5000", "--steps-per-epoch", "1000"])
+    args = build("pretrain").parse_args(["--config", str(tmp_path / "run.yaml"), "--dataset", str(folder / "texts"),
+                                         "--run-dir", "unused", "--num-steps", "5000", "--steps-per-epoch", "1000"])
     end = pretrain(build_config(args), tmp_path / "run", "cpu", [])
     config = build_config(args)
     assert end["status"] == "EXHAUSTED" and 5 < end["steps_recorded"] < 5000 and end["final_val_loss"] is not None
@@ -224,7 +228,8 @@ def test_a_gate_ends_the_run_with_5(folder, tmp_path):
     tokens = np.full(5000, 17, "<u4")  # upstream's corpus that was nearly all <unk>
     tokens[::1000] = 5
     (tmp_path / "flat.bin").write_bytes(tokens.tobytes())
-    done = subprocess.run([*command(folder, tmp_path / "run"), "--dataset", str(tmp_path / "flat.bin")], capture_output=True, text=True)
+    done = subprocess.run([*command(folder, tmp_path / "run"), "--dataset", str(tmp_path / "flat.bin")],
+                          capture_output=True, text=True)
     assert done.returncode == 5 and "GATE-CORPUS-ENTROPY" in done.stderr and not (tmp_path / "run").exists()
     with pytest.raises(GateError, match="INV-TRAIN-00"):
         args = arguments(folder, "--lr", "3e4")

@@ -71,8 +71,7 @@ def test_files_and_manifest(tmp_path):
 def test_the_narrowest_type_that_fits_is_used(tmp_path, vocab_size, dtype):
     ids = [1, 2, 255, vocab_size - 1]
     out = written(tmp_path, [ids], vocab_size=vocab_size)
-    manifest = read_manifest(out / "manifest.json")
-    assert manifest["dtype"] == dtype
+    assert read_manifest(out / "manifest.json")["dtype"] == dtype
     assert (out / "shard-0000.bin").stat().st_size == 5 * DTYPES[dtype].itemsize
     assert open_shards(out, None, vocab_size).read(0, 5).tolist() == [*ids, EOS]
 
@@ -111,10 +110,9 @@ def count_syncs(monkeypatch, fail_at: int = 0) -> list[str]:
 
 def test_all_is_durable_before_it_has_its_name_and_the_manifest_is_last(tmp_path, monkeypatch):
     calls = count_syncs(monkeypatch)
-    out = written(tmp_path)
+    written(tmp_path)
     names = [*(f"shard-{i:04d}.bin" for i in range(6)), "tokenizer.json", "manifest.json"]
     assert calls[:8] == names and calls[8].startswith(".out.tmp-") and calls[9:] == ["rename", tmp_path.name]
-    assert sorted(os.listdir(out)) == sorted(names)
 
 
 @pytest.mark.parametrize("at", range(1, 10))

@@ -31,14 +31,16 @@ def test_the_bits_do_not_depend_on_the_number_of_cores(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         trainer = TransformerTrainer.new(SMALL, train_config())
         losses = [trainer.train_batch(random_batch(i, rows=6)) for i in range(4)]
-        return losses, trainer.parameters_sha256(), trainer.optimizer_state_sha256(), trainer.eval_batch(random_batch(9, rows=5))
+        return (losses, trainer.parameters_sha256(), trainer.optimizer_state_sha256(),
+                trainer.eval_batch(random_batch(9, rows=5)))
     assert trained(1) == trained(2) == trained(16)
 
 
 def test_the_gradient_is_that_of_the_whole_batch():
     trainer, batch = TransformerTrainer.new(SMALL, train_config()), random_batch(3, rows=7)
     whole = np.zeros_like(trainer.grads_buf)
-    total = loss_and_gradients(trainer.params, trainer.layout.views(whole), SMALL, batch.inputs, batch.targets, 1 / batch.num_tokens)
+    total = loss_and_gradients(trainer.params, trainer.layout.views(whole), SMALL, batch.inputs, batch.targets,
+                               1 / batch.num_tokens)
     loss = trainer.train_batch(batch, lr=0.0)
     assert abs(loss - total / batch.num_tokens) < 1e-6
     assert_close(trainer.grads_buf, whole, 2e-6, "gradient in slices")

@@ -169,3 +169,9 @@ def test_the_standard_library_is_a_corpus():
     assert first == list(islice(standard_library(Counter()), 30)) and all(first)
     assert sum(map(len, first)) > 100_000 and "import" in first[0] + first[1]
     assert {"test", "site-packages"} <= SOURCES_SKIPPED
+
+
+def test_empty_rows_are_counted_and_no_documents(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n{"content": ""}\n{"content": "two"}\n')
+    skipped = Counter()
+    assert list(documents([tmp_path / "a.jsonl"], "content", skipped)) == ["one", "two"] and skipped == {"empty": 1}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from apr.data.shards import open_shards, read_manifest
 from apr.data.tokenizer import PROBE, Tokenizer
 from apr.errors import AprError
+from apr.formats.apr_file import write_apr
 from apr.formats.safetensors import write_safetensors
 from apr.hf_config import to_hf
 from apr.train.run_config import RunConfig
@@ -45,10 +46,16 @@ def edited(data, edits):
     return data
 
 
+def big_apr(folder):
+    """An .apr file that is mostly data, so that most edits fall there."""
+    write_apr(folder / "x.apr", {"a": np.arange(600, dtype=np.float32), "b": np.arange(7, dtype=np.int8)}, {"k": [1]})
+    return folder / "x.apr"
+
+
 @functools.cache
 def original(kind, name, folder):
     """A good file's path in `folder`, the path that its reader takes, and its bytes."""
-    made = good()[kind](folder)
+    made = big_apr(folder) if kind == "apr" else good()[kind](folder)
     path = made / name if made.is_dir() else made
     return path, made, path.read_bytes()
 

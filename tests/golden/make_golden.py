@@ -19,8 +19,9 @@ from torch.nn import functional
 
 HERE = Path(__file__).parent
 B, T, STEPS = 3, 23, 10
-SHAPE = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "hidden_act": "silu"}
+SHAPE = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+         "hidden_act": "silu"}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 # eps 1e-6, not 1e-8: a gradient element of 1e-9 would otherwise turn rounding into a step of full size
@@ -32,12 +33,15 @@ def default_rope(theta: float) -> dict:
 
 
 MODELS = {
-    "llama": transformers.LlamaConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=default_rope(1e4), tie_word_embeddings=False),
+    "llama": transformers.LlamaConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=default_rope(1e4),
+                                      tie_word_embeddings=False),
     "llama3": transformers.LlamaConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=LLAMA3, tie_word_embeddings=True),
-    "qwen2": transformers.Qwen2Config(**SHAPE, rms_norm_eps=1e-6, rope_parameters=default_rope(1e6), tie_word_embeddings=True),
-    "qwen3": transformers.Qwen3Config(**SHAPE, rms_norm_eps=1e-6, rope_parameters=default_rope(1e6), tie_word_embeddings=True),
-    "mistral": transformers.MistralConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=default_rope(1e4), sliding_window=None,
-                                          tie_word_embeddings=False),
+    "qwen2": transformers.Qwen2Config(**SHAPE, rms_norm_eps=1e-6, rope_parameters=default_rope(1e6),
+                                      tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SHAPE, rms_norm_eps=1e-6, rope_parameters=default_rope(1e6),
+                                      tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SHAPE, rms_norm_eps=1e-5, rope_parameters=default_rope(1e4),
+                                          sliding_window=None, tie_word_embeddings=False),
 }
 
 
@@ -59,9 +63,9 @@ def fill(model: torch.nn.Module, rng: torch.Generator) -> None:
 
 def watch(model: torch.nn.Module, states: dict) -> None:
     """Keep what each module returns, under the names of apr's taps."""
-    points = {"input_layernorm": "attn_norm", "self_attn": "attn_out", "post_attention_layernorm": "ffn_norm", "mlp": "ffn_out",
-              "self_attn.q_proj": "q_bias", "self_attn.k_proj": "k_bias", "self_attn.v_proj": "v_bias", "mlp.gate_proj": "ffn_gate",
-              "mlp.up_proj": "ffn_up", "": "output"}
+    points = {"input_layernorm": "attn_norm", "self_attn": "attn_out", "post_attention_layernorm": "ffn_norm",
+              "mlp": "ffn_out", "self_attn.q_proj": "q_bias", "self_attn.k_proj": "k_bias",
+              "self_attn.v_proj": "v_bias", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "": "output"}
 
     def keep(name):
         def hook(_module, _inputs, output):
@@ -88,7 +92,8 @@ def make(name: str, config) -> dict:
 
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": ADAMW["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": ADAMW["weight_decay"]},
+                               {"params": others, "weight_decay": 0.0}],
                               lr=ADAMW["lr"], betas=ADAMW["betas"], eps=ADAMW["eps"], foreach=False)
     losses, norms, states = [], [], {}
     watch(model, states)
