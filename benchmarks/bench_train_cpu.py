@@ -70,12 +70,10 @@ def write_job(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def run_rounds(commands: dict[str, list[str]], job: dict[str, Any], rounds: int) -> Results:
     """Each side's rounds, taken in turns. Exits with an error when a side does, or when the losses disagree."""
-    threads = {name: str(job["cores"]) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     results: Results = {side: [] for side in commands}
     for number in range(1, rounds + 1):
         for side, command in commands.items():
-            line = [*command, json.dumps(job)]
-            done = subprocess.run(line, stdout=subprocess.PIPE, check=True, env=os.environ | threads)
+            done = subprocess.run([*command, json.dumps(job)], stdout=subprocess.PIPE, check=True)
             results[side].append(json.loads(done.stdout))
             ms = 1e3 * statistics.median(results[side][-1]["seconds"])
             print(f"round {number}/{rounds} {side} {ms:.0f} ms/step, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
@@ -117,16 +115,6 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "{cpu}, {cores} cores, {date}, {commit}: {command}".format(**record)])
 
 
-def append(record: dict[str, Any], path: Path) -> None:
-    """Add the record as a row of a CSV file, which is begun if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        rows = csv.DictWriter(file, list(record))
-        if file.tell() == 0:
-            rows.writeheader()
-        rows.writerow(record)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", metavar="PATH")
@@ -140,6 +128,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(train(args.worker)))
         return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cores])  # the children inherit it
     commands = {"ours": [sys.executable, __file__, "--worker"]}
     if args.peer_python:
         commands["peer"] = [args.peer_python, str(HERE / "peer_torch_cpu.py")]
@@ -148,7 +137,13 @@ def main() -> None:
         record = summary(run_rounds(commands, job, args.rounds), job)
     print(json.dumps(record) if args.json else table(record))
     if args.record:
-        append(record, HERE / "results" / "cpu" / "train.csv")
+        path = HERE / "results" / "cpu" / "train.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", newline="") as file:
+            rows = csv.DictWriter(file, list(record))
+            if file.tell() == 0:
+                rows.writeheader()
+            rows.writerow(record)
 
 
 if __name__ == "__main__":

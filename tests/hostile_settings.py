@@ -128,6 +128,7 @@ def yaml_cases():
         yield Case("H1", "yaml", what, attack(text), FORMAT, "tags", cli=what == "apply")
     for what, text in YAML.items():
         yield case("H2", what, text.encode(), cli=what in ("alias bomb", "key twice"))
+    yield case("H2", "key twice, by name", b"mode: finetune\nmode: from-scratch", says="'mode' twice")
     yield case("H2", "not UTF-8", b"mode: \xff")
     yield case("H2", "surrogate bytes", b"mode: \xed\xa0\x80")
     for key, texts in SCALARS.items():

@@ -32,10 +32,11 @@ FIELDS = {
     "target_val_loss": ("loop", "target_val_loss"),
 }
 UPSTREAM_TRAIN = {"batch_size": 16, "max_seq_len": 1024, "max_steps": 1000, "weight_decay": 0.01, "max_grad_norm": 1.0}
-DEMO_RUN = {"preset": "demo", "dataset": DEMO, "allow_shard_cycle": True,
-            "train": {"lr": 3e-3, "warmup_steps": 20, "max_steps": 200, "batch_size": 8, "max_seq_len": 256,
-                      "weight_decay": 0.1, "beta2": 0.95},
-            "loop": {"steps_per_epoch": 50, "target_val_loss": 0.5}, "val_batches": 8}
+DEMO_RUN = {
+    "preset": "demo", "dataset": DEMO, "allow_shard_cycle": True, "val_batches": 16,
+    "train": {"lr": 5e-3, "warmup_steps": 20, "max_steps": 400, "batch_size": 8, "max_seq_len": 128,
+              "weight_decay": 0.1, "beta2": 0.95},
+    "loop": {"steps_per_epoch": 100, "target_val_loss": 0.5}}
 CONFIG_KEYS = {"preset", "model", "train", "loop", "mode", "dataset", "tokenizer", "val_shard", "val_batches",
                "allow_shard_cycle", "synthetic", "init"}
 
