@@ -7,7 +7,7 @@ model computes (eps, theta, head size, tying, bias) has no default anywhere: it 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -150,36 +150,39 @@ def require(name: str, value: Any, rule: str, ok: bool, where: str = "config") -
         raise ConfigError(f"{where}: {name}", rule, repr(value), f"correct {name}")
 
 
-T = TypeVar("T", TransformerConfig, TransformerTrainConfig)
+T = TypeVar("T")
 
 
 def decode(kind: type[T], values: Any, where: str) -> T:
-    """A config from plain data (YAML, JSON, .apr metadata), strictly.
+    """A config (any dataclass) from plain data (YAML, JSON, .apr metadata), strictly, nested ones too.
 
     Raises ConfigError naming `where` and the key: not a mapping, unknown key (with a suggestion), missing key, wrong
     type (a bool is no number, a string is no float), value out of range.
     """
-    if not isinstance(values, dict):
-        raise ConfigError(where, "a mapping of keys to values", type(values).__name__, "write one key per line")
-    names = {f.name for f in dataclasses.fields(kind)}
-    for key in values:
-        if key not in names:
-            fix = f"use '{UPSTREAM_NAMES[key]}'" if key in UPSTREAM_NAMES else did_you_mean(str(key), names)
-            raise ConfigError(f"{where}: key '{key}'", f"a field of {kind.__name__}", "an unknown key", fix)
-    scaling = values.get("rope_scaling")
-    for key in scaling if isinstance(scaling, dict) else ():  # msgspec would drop it silently
-        if key not in RopeScaling.__dataclass_fields__:
-            raise ConfigError(f"{where}: rope_scaling: key '{key}'", "a field of RopeScaling", "an unknown key",
-                              did_you_mean(str(key), RopeScaling.__dataclass_fields__))
-    for f in dataclasses.fields(kind):
-        if f.default is dataclasses.MISSING and f.name not in values:
-            raise ConfigError(f"{where}: {f.name}", "a value (it has no default)", "nothing", f"add '{f.name}'")
+    _check_names(kind, values, where)
     try:
         return msgspec.convert(values, kind, strict=True)
     except msgspec.ValidationError as e:
         raise ConfigError(where, "values of the declared types", str(e), "correct the value") from None
     except ConfigError as e:
         raise ConfigError(f"{where}: {e.where.removeprefix('config: ')}", e.expected, e.found, e.fix) from None
+
+
+def _check_names(kind: Any, values: Any, where: str) -> None:
+    """Demand exactly the keys of a dataclass, and of those within it; msgspec would drop an unknown one silently."""
+    if not isinstance(values, dict):
+        raise ConfigError(where, "a mapping of keys to values", type(values).__name__, "write one key per line")
+    fields, types = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
+    for key, value in values.items():
+        if key not in fields:
+            fix = f"use '{UPSTREAM_NAMES[key]}'" if key in UPSTREAM_NAMES else did_you_mean(str(key), fields)
+            raise ConfigError(f"{where}: key '{key}'", f"a field of {kind.__name__}", "an unknown key", fix)
+        nested = [t for t in (types[key], *get_args(types[key])) if dataclasses.is_dataclass(t)]
+        if nested and isinstance(value, dict):
+            _check_names(nested[0], value, f"{where}: {key}")
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and name not in values:
+            raise ConfigError(f"{where}: {name}", "a value (it has no default)", "nothing", f"add '{name}'")
 
 
 def encode(config: TransformerConfig | TransformerTrainConfig) -> dict[str, Any]:

@@ -40,12 +40,18 @@ def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
             refuse("each key once", f"key {name!r} twice")
         return out
 
+    def finite(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            refuse("finite numbers", f"{text[:40]}")
+        return value
+
     if len(data) > limit:
         refuse(f"at most {limit} bytes of JSON", f"{len(data)} bytes")
     if _marks(data) > MAX_VALUES and (values := _marks(_STRING.sub(b"", data))) > MAX_VALUES:
         refuse(f"at most {MAX_VALUES} values", f"{values}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates,
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_float=finite,
                            parse_constant=lambda c: refuse("finite numbers", c))
     except UnicodeDecodeError as e:
         refuse("UTF-8", f"byte 0x{data[e.start]:02x} at offset {e.start}")

@@ -159,6 +159,13 @@ def corpus_cases():
     yield case("C1", "one id fewer", GATE, "GATE-ARCH-370M-011", corpus(vocab=size - 1))
     yield case("C4", "shards of another tokenizer", FORMAT, "manifest.json: expected shards of this tokenizer",
                corpus(shards(), dataset="shards"))
+
+    def no_manifest(folder):
+        path = shards()(folder)
+        (path / "manifest.json").unlink()
+        (path / "manifest.json").mkdir()
+
+    yield case("B13", "a manifest that is a folder", FORMAT, "manifest.json", corpus(no_manifest, dataset="shards"))
     yield case("ENTROPY", "shards of one id", GATE, "x.bin", corpus(put("x.bin", bytes(4000)), dataset="x.bin"),
                cli=True)
     yield case("C5", "too short to hold anything out", CONFIG, "tokens",

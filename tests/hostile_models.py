@@ -179,14 +179,10 @@ def checkpoint_cases():
             yield case("B8", f"{name}.json: {what}", checkpoint(**{name: b'{"step": ' + text + b"}"}), says=name)
     files = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n,
              d in checkpoint_files().items() if n != "manifest.json"}
-    for name, code in (("../x", FORMAT), ("/etc/passwd", FORMAT), ("a/../../b", FORMAT), ("..", INTEGRITY),
-                       ("", INTEGRITY), ("a\0", INTEGRITY)):
+    for name in ("../x", "/etc/passwd", "a/../../b", "..", "", "a\0", "n" * 300):
         listed = {**files, name: {"size": 1, "sha256": ""}}
-        yield case("B10", f"manifest lists {name!r}", checkpoint(False, manifest={**manifest, "files": listed}), code,
-                   cli=name == "../x")
-    listed = {**files, "n" * 300: {"size": 1, "sha256": ""}}
-    yield case("B10", "manifest lists a name of 300 bytes", checkpoint(False, manifest={**manifest, "files": listed}),
-               INTEGRITY, known="Path.is_file raises OSError for it, in apr/train/checkpoint.py")
+        yield case("B10", f"manifest lists {name[:20]!r}", checkpoint(False, manifest={**manifest, "files": listed}),
+                   FORMAT, cli=name == "../x")
     for what, value in (("no files", {}), ("files a list", []), ("entries are numbers", dict.fromkeys(files, 5)),
                         ("sizes true", {name: {"size": True} for name in files})):
         code = FORMAT if what in ("no files", "files a list") else INTEGRITY

@@ -7,15 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from apr.cli.config_file import KEYS, read_config_file
 from apr.cli.device import choose_device
 from apr.cli.progress import Display, print_json
 from apr.cli.showcase import print_curve, print_sample
 from apr.config import TransformerConfig, TransformerTrainConfig, decode
-from apr.errors import ConfigError, did_you_mean
+from apr.errors import ConfigError
 from apr.formats.apr_file import open_apr
 from apr.formats.model_file import config_from_metadata
 from apr.presets import PRESETS, preset
-from apr.strict import read_yaml
 from apr.train.corpus import DEMO
 from apr.train.pretrain import LoopConfig
 from apr.train.run import pretrain, read_run, resume
@@ -37,8 +37,6 @@ DEMO_RUN = {
     "train": {"lr": 5e-3, "warmup_steps": 20, "max_steps": 400, "batch_size": 8, "max_seq_len": 128,
               "weight_decay": 0.1, "beta2": 0.95},
     "loop": {"steps_per_epoch": 100, "target_val_loss": 0.5}}
-CONFIG_KEYS = {"preset", "model", "train", "loop", "mode", "dataset", "tokenizer", "val_shard", "val_batches",
-               "allow_shard_cycle", "synthetic", "init"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the run in --run-dir, from its newest checkpoint")
     add("--demo", action="store_true", help="train a small model on Python's standard library, about a minute")
     add("--preset", metavar="NAME", help="model shape: " + ", ".join(PRESETS) + " (default llama_370m)")
-    add("--config", metavar="FILE", type=Path, help="YAML with any of: " + ", ".join(sorted(CONFIG_KEYS)))
+    add("--config", metavar="FILE", type=Path, help="YAML with any of: " + ", ".join(KEYS))
     add("--mode", choices=list(MODES), help="row of lr, warm-up and target; default from-scratch, with --init finetune")
     add("--lr", type=float, help=help_of("lr") + " (default: the mode's)")
     add("--num-steps", type=int, help=help_of("max_steps") + " (1000)")
@@ -90,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             sinks.append(print_json)
         if args.resume:
             saved = read_run(args.run_dir)
-            check_resumed(saved, _merge(saved.encode(), {}, args, saved.model), str(args.run_dir))
+            check_resumed(saved, _merge(asdict(saved), {}, args, saved.model), str(args.run_dir))
             config = saved
             end = resume(saved, args.run_dir, sinks, display.warn)
         else:
@@ -117,12 +115,10 @@ def build_config(args: argparse.Namespace) -> RunConfig:
     if args.demo:
         given = {**DEMO_RUN}
     if args.config is not None:
-        given = _merge_sections(given, _read_config(args.config))
+        given = _merge_sections(given, read_config_file(args.config))
     init = args.init or given.get("init")
     model = _model(args, given, init)
     mode = args.mode or given.get("mode") or ("finetune" if init else "from-scratch")
-    if mode not in MODES:
-        raise ConfigError("mode", "one of " + ", ".join(MODES), repr(mode), did_you_mean(str(mode), MODES))
     row = MODES[mode]
     base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"])},
             "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None,
@@ -142,14 +138,9 @@ def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace
     train = values["train"]
     if "lr_min" not in train or args.lr is not None:  # upstream's rule
         train["lr_min"] = min(max(0.01 * train["lr"], 1e-7), train["lr"])
-    unknown = [k for k in values["loop"] if k not in LoopConfig.__dataclass_fields__]
-    if unknown:
-        raise ConfigError(f"loop: key '{unknown[0]}'", "a known key", "an unknown one",
-                          did_you_mean(unknown[0], LoopConfig.__dataclass_fields__))
     decoded = decode(TransformerTrainConfig, train, "train")
-    plain = {k: v for k, v in values.items() if k not in ("preset", "model", "train", "loop")}
-    return RunConfig.decode({**plain, "model": asdict(model), "train": asdict(decoded), "loop": values["loop"]},
-                            "configuration")
+    plain = {k: v for k, v in values.items() if k not in ("preset", "model", "train")}
+    return decode(RunConfig, {**plain, "model": asdict(model), "train": asdict(decoded)}, "configuration")
 
 
 def _merge_sections(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -157,24 +148,6 @@ def _merge_sections(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any
     for section in ("train", "loop"):
         out[section] = {**base.get(section, {}), **over.get(section, {})}
     return out
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ConfigError(str(path), "a mapping of keys to values", type(values).__name__, "see docs/pretrain.md")
-    for key, value in values.items():
-        if key not in CONFIG_KEYS:
-            raise ConfigError(f"{path}: key '{key}'", "a known key", "an unknown one",
-                              did_you_mean(str(key), CONFIG_KEYS))
-        if key in ("model", "train", "loop") and not isinstance(value, dict):
-            raise ConfigError(f"{path}: {key}", "a mapping", type(value).__name__, "indent its keys below it")
-    for section, kind in (("train", TransformerTrainConfig), ("loop", LoopConfig)):
-        for key in values.get(section, {}):
-            if key not in kind.__dataclass_fields__:
-                raise ConfigError(f"{path}: {section}.{key}", "a known key", "an unknown one",
-                                  did_you_mean(str(key), kind.__dataclass_fields__))
-    return values
 
 
 def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) -> TransformerConfig:

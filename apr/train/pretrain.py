@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-from apr.config import TransformerTrainConfig
+from apr.config import TransformerTrainConfig, require
 from apr.errors import GateError, Stopped
 from apr.train.guards import WINDOW, Verdict, judge_initial, judge_step, judge_val
 from apr.train.log import Event, Sink
@@ -68,6 +68,12 @@ class LoopConfig:
     target_val_loss: float = 3.0
     patience: int = 5
     min_epochs: int = 3
+
+    def __post_init__(self) -> None:
+        require("steps_per_epoch", self.steps_per_epoch, "at least 1", self.steps_per_epoch >= 1)
+        require("min_epochs", self.min_epochs, "at least 1", self.min_epochs >= 1)
+        require("patience", self.patience, "0 or more", self.patience >= 0)
+        require("target_val_loss", self.target_val_loss, "positive and finite", 0 < self.target_val_loss < math.inf)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 import apr
+from apr.config import decode
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError, NotFoundError
 from apr.files import os_errors, write_atomic
@@ -151,7 +152,7 @@ def read_run(run_dir: Path) -> RunConfig:
     values = read_json(path)
     if not isinstance(values, dict) or "config" not in values:
         raise FormatError(str(path), "a 'config'", "none", "start a new run")
-    return RunConfig.decode(values["config"], str(path))
+    return decode(RunConfig, values["config"], str(path))
 
 
 def refuse_used(run_dir: Path) -> None:
@@ -182,7 +183,7 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -
         if corpus is not None and corpus.tokenizer is not None:
             write_atomic(run_dir / "tokenizer.json", corpus.tokenizer.json.encode())
         write_atomic(run_dir / "run.json",
-                     json.dumps({"config": config.encode(), "versions": versions()}, indent=1).encode())
+                     json.dumps({"config": asdict(config), "versions": versions()}, indent=1).encode())
         with RunLog(run_dir, sinks) as log:
             log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode,
                  "dataset": config.dataset, "vocab_size": config.model.V, "max_steps": config.train.max_steps,

@@ -6,8 +6,6 @@ Where a value comes from: a flag, else the --config file, else the mode's row, e
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import msgspec
-
 from apr.config import TransformerConfig, TransformerTrainConfig, require
 from apr.errors import ConfigError
 from apr.params import parameter_count
@@ -40,35 +38,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         require("mode", self.mode, "one of " + ", ".join(MODES), self.mode in MODES)
         require("val_batches", self.val_batches, "at least 1", self.val_batches >= 1)
-        for name in ("steps_per_epoch", "min_epochs"):
-            require(name, getattr(self.loop, name), "at least 1", getattr(self.loop, name) >= 1)
-        require("target_val_loss", self.loop.target_val_loss, "positive and finite",
-                0 < self.loop.target_val_loss < float("inf"))
-        require("patience", self.loop.patience, "0 or more", self.loop.patience >= 0)
         if not self.synthetic and self.dataset is None:
             raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them",
                               "say what to train on")
 
-    def encode(self) -> dict[str, Any]:
-        """Plain data for run.json."""
-        return asdict(self)
-
-    @classmethod
-    def decode(cls, values: Any, where: str) -> "RunConfig":
-        """From run.json. Raises ConfigError."""
-        try:
-            decoded = msgspec.convert(values, cls, strict=True)
-        except msgspec.ValidationError as e:
-            raise ConfigError(where, "the configuration of a run", str(e), "start a new run") from None
-        unknown = sorted(_flat(values).keys() - _flat(decoded.encode()).keys())
-        if unknown:  # which msgspec passes over
-            raise ConfigError(where, "known keys", ", ".join(unknown), "start a new run")
-        return decoded
-
 
 def check_resumed(saved: RunConfig, asked: RunConfig, where: str) -> None:
     """Demand that flags given with --resume change nothing. Raises ConfigError listing each difference."""
-    before, after = _flat(saved.encode()), _flat(asked.encode())
+    before, after = _flat(asdict(saved)), _flat(asdict(asked))
     different = [f"{k} {before.get(k)!r} -> {after.get(k)!r}" for k in sorted(before.keys() | after.keys())
                  if before.get(k) != after.get(k)]
     if different:

@@ -35,7 +35,8 @@ def test_generation_is_greedy_step_by_step_and_ends_where_it_must(trainer):
         ids.append(token)
     assert len(ids) == 13
     assert list(generate(trainer.params, SMALL, [3, 5, 8], 10, SMALL.V, **options, stop_id=ids[3])) == []
-    assert len(list(generate(trainer.params, SMALL, [1] * 60, 10, SMALL.V, **options, stop_id=None))) == 4  # 64 positions
+    to_the_end = list(generate(trainer.params, SMALL, [1] * 60, 10, SMALL.V, **options, stop_id=None))
+    assert len(to_the_end) == 4  # 64 positions
 
 
 def test_padding_is_never_drawn_and_seeds_decide(trainer):

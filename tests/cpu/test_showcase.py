@@ -8,12 +8,14 @@ from apr.cli.showcase import HEIGHT, WIDTH, print_curve
 
 
 def test_the_curve_falls_as_the_losses_do(tmp_path):
-    events = [{"event": "eval", "val_loss": 8.0}, *({"event": "step", "train_loss": 8.0 - i / 100} for i in range(500)), {"event": "eval", "val_loss": 3.0}]
+    steps = [{"event": "step", "train_loss": 8.0 - i / 100} for i in range(500)]
+    events = [{"event": "eval", "val_loss": 8.0}, *steps, {"event": "eval", "val_loss": 3.0}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     out = io.StringIO()
     print_curve(tmp_path, out)
-    lines = [line.split("┤")[1] for line in out.getvalue().splitlines() if "┤" in line]
-    assert len(lines) == HEIGHT and "8.00" in out.getvalue() and "3.01" in out.getvalue() and "8.000 → 3.000" in out.getvalue()
+    text = out.getvalue()
+    lines = [line.split("┤")[1] for line in text.splitlines() if "┤" in line]
+    assert len(lines) == HEIGHT and "8.00" in text and "3.01" in text and "8.000 → 3.000" in text
     middles = [sum(i for i, c in enumerate(line) if c != "⠀") / sum(c != "⠀" for c in line) for line in lines]
     assert middles == sorted(middles) and middles[0] < WIDTH / 8 and middles[-1] > WIDTH * 7 / 8
 
