@@ -4,7 +4,7 @@
     python benchmarks/bench_train_cpu.py --peer-python PYTHON_WITH_TORCH    and peer_torch_cpu.py, in turns
     options: --rounds --steps --warmup --preset --cores, --json (one line instead of the table), --record (append a row)
 
-A step is forward, backward, clipping and AdamW (two decay groups) of `demo`, 8 sequences of 256 random tokens, float32.
+A step is forward, backward, clipping and AdamW (two decay groups) of `demo`, 8 sequences of 128 random tokens, float32.
 Each side of each round is a fresh process on the same cores, with the same weights and batches; the first losses must
 agree to 1e-4, or it is not the same work and the run fails. Peak memory is the process's own; `idle` is the share that
 the interpreter and the libraries take before there is a model.
@@ -60,7 +60,7 @@ def peak_mib() -> float:
 def write_job(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Weights and batches in `folder`, and the job that points to them."""
     config = preset(args.preset)
-    how = TransformerTrainConfig(batch_size=8, max_seq_len=256, max_steps=args.warmup + args.steps)
+    how = TransformerTrainConfig(batch_size=8, max_seq_len=128, max_steps=args.warmup + args.steps)
     np.savez(folder / "weights.npz", allow_pickle=False, **TransformerTrainer.new(config, how).params)
     tokens = np.random.default_rng(how.seed).integers(0, config.V, (how.max_steps, how.batch_size, how.max_seq_len + 1))
     np.savez(folder / "batches.npz", inputs=tokens[..., :-1].copy(), targets=tokens[..., 1:].copy())

@@ -142,8 +142,8 @@ def tensors(change):
 
 
 def checkpoint_cases():
-    def case(row, what, write, code=FORMAT, says="", cli=False, known=""):
-        return Case(row, "checkpoint", what, write, code, says, cli, known)
+    def case(row, what, write, code=FORMAT, says="", cli=False):
+        return Case(row, "checkpoint", what, write, code, says, cli)
 
     hf, manifest = to_hf(MODEL), {"format": "apr-checkpoint", "version": 1, "step": 1}
     for what, change, code, says in (

@@ -8,7 +8,8 @@ import numpy as np
 
 def linear_forward(inp: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """inp (..., I); weight (O, I). Returns (..., O)."""
-    return np.matmul(inp, weight.T)
+    rows = inp.reshape(-1, inp.shape[-1])  # one product over all rows: NumPy would make one per sequence
+    return np.matmul(rows, weight.T).reshape(*inp.shape[:-1], weight.shape[0])
 
 
 def bias_forward(out: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -23,7 +24,7 @@ def linear_backward(dweight: np.ndarray, dout: np.ndarray, inp: np.ndarray, weig
     """
     rows = dout.reshape(-1, dout.shape[-1])
     dweight += np.matmul(rows.T, inp.reshape(-1, inp.shape[-1]))
-    return np.matmul(dout, weight)
+    return np.matmul(rows, weight).reshape(inp.shape)
 
 
 def bias_backward(dbias: np.ndarray, dout: np.ndarray) -> None:

@@ -5,6 +5,7 @@ other work (measured in docs/log.md). So each slice of a batch runs in a thread 
 gradient buffer of its own, and the buffers are added in slice order. The cut depends on the batch alone.
 """
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from threadpoolctl import ThreadpoolController
 from apr.data.batch import LMBatch
 
 SLICES = 4  # at most; each costs a gradient buffer
+SLICE_TOKENS = 512  # at least, where the batch has them: threads of small operations wait for the interpreter
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -25,6 +28,7 @@ class SliceRunner:
     """Threads for the slices of a batch, one per usable core up to SLICES."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self.blas = ThreadpoolController().select(user_api="blas")
         self.pool = ThreadPoolExecutor(min(SLICES, len(os.sched_getaffinity(0))), thread_name_prefix="slice")
 
@@ -38,9 +42,21 @@ class SliceRunner:
             return list(self.pool.map(quietly, items))
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed arrays: given back to the system, every temporary costs its page faults again.
+
+    One arena, no mmap below 32 MiB (the largest threshold that glibc takes), no trimming: 1.24x on the demo. Where the C
+    library has no mallopt, nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
 def cut(batch: LMBatch) -> list[LMBatch]:
     """The batch as at most SLICES batches of whole sequences, sizes as equal as they can be, in order."""
-    count = min(SLICES, batch.batch_size)
+    count = max(1, min(SLICES, batch.batch_size, batch.inputs.size // SLICE_TOKENS))
     bounds = [i * batch.batch_size // count for i in range(count + 1)]
     return [LMBatch(batch.inputs[a:b], batch.targets[a:b]) for a, b in pairwise(bounds)]
 

@@ -12,6 +12,7 @@ from hostile_tokenizers import V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from apr.config import decode, encode
 from apr.data.shards import open_shards, read_manifest
 from apr.data.tokenizer import PROBE, Tokenizer
 from apr.errors import AprError
@@ -136,4 +137,4 @@ def test_fuzz_yaml(folder, edits):
     """What is read is a run that can be saved and read again."""
     config = outcome("yaml", "", folder, edits, run_config)[0]
     if config is not None:
-        assert RunConfig.decode(json.loads(json.dumps(config.encode(), allow_nan=False)), "again") == config
+        assert decode(RunConfig, json.loads(json.dumps(encode(config), allow_nan=False)), "again") == config
