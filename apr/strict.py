@@ -102,10 +102,13 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()
+        problem = None
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed here", problem_mark=event.start_mark)  # type: ignore[arg-type]
-        if event.tag is not None:  # !!bool x is a KeyError in PyYAML, !!int "" an IndexError, !!set no JSON
-            raise yaml.MarkedYAMLError(problem=f"tags are not allowed here: {event.tag}", problem_mark=event.start_mark)
+            problem = "aliases are not allowed here"
+        elif event.tag is not None:  # !!bool x is a KeyError in PyYAML, !!int "" an IndexError, !!set no JSON
+            problem = f"tags are not allowed here: {event.tag}"
+        if problem is not None:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -14,7 +14,8 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,37 +159,20 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
     eos, vocab = tokenizer.require_eos(), tokenizer.vocab_size
     dtype = "u16" if vocab <= 2**16 else "u32"
     shards: list[dict[str, Any]] = []
-    total, count = 0, 0
-    buffer: list[np.ndarray] = []
-    buffered = 0
+    tally: Counter[str] = Counter()
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
-
-    def flush(limit: int) -> None:
-        nonlocal buffer, buffered
-        while buffered >= max(limit, 1):
-            joined = np.concatenate(buffer)
-            data = joined[:tokens_per_shard].astype(DTYPES[dtype]).tobytes()
-            name = f"shard-{len(shards):04d}.bin"
-            write_durable(temporary / name, data)
-            shards.append({"file": name, "tokens": len(data) // DTYPES[dtype].itemsize,
-                           "sha256": hashlib.sha256(data).hexdigest()})
-            buffer = [joined[tokens_per_shard:]]
-            buffered = int(buffer[0].size)
-
     try:
         with os_errors(str(out)):
             temporary.mkdir(parents=True)
-        for document in documents:
-            buffer.append(np.asarray([*document, eos], np.int64))
-            buffered, total, count = buffered + len(document) + 1, total + len(document) + 1, count + 1
-            flush(tokens_per_shard)
-            if progress:
-                progress(count, total)
-        if count == 0:
+        for piece in _pieces(documents, eos, tokens_per_shard, tally, progress):
+            data, name = piece.astype(DTYPES[dtype]).tobytes(), f"shard-{len(shards):04d}.bin"
+            write_durable(temporary / name, data)
+            shards.append({"file": name, "tokens": int(piece.size), "sha256": hashlib.sha256(data).hexdigest()})
+        if not shards:
             raise FormatError("input", "at least one document", "none", "give some text")
-        flush(1)
-        manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": total, "documents": count,
-                    "vocab_size": vocab, "eos_id": eos, "tokenizer_sha256": tokenizer.sha256, "shards": shards}
+        manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": tally["tokens"],
+                    "documents": tally["documents"], "vocab_size": vocab, "eos_id": eos,
+                    "tokenizer_sha256": tokenizer.sha256, "shards": shards}
         write_durable(temporary / "tokenizer.json", tokenizer.json.encode())
         write_durable(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         with os_errors(str(out)):
@@ -198,6 +182,25 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
         return manifest
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pieces(documents: Iterable[list[int]], eos: int, size: int, tally: Counter[str],
+            progress: Callable[[int, int], None] | None) -> Iterator[np.ndarray]:
+    """The documents end to end, each ended by eos, in pieces of `size` tokens and a rest; `tally` counts both."""
+    parts: list[np.ndarray] = []
+    held = 0
+    for document in documents:
+        parts.append(np.asarray([*document, eos], np.int64))
+        held += len(document) + 1
+        tally.update(documents=1, tokens=len(document) + 1)
+        if held >= size:
+            joined, whole = np.concatenate(parts), held // size * size
+            yield from joined[:whole].reshape(-1, size)
+            parts, held = [joined[whole:]], held - whole
+        if progress:
+            progress(tally["documents"], tally["tokens"])
+    if held:
+        yield np.concatenate(parts)
 
 
 def is_shards(path: Path) -> bool:

@@ -45,8 +45,8 @@ class SliceRunner:
 def keep_freed_memory() -> None:
     """Let glibc keep freed arrays: given back to the system, every temporary costs its page faults again.
 
-    One arena, no mmap below 32 MiB (the largest threshold that glibc takes), no trimming: 1.24x on the demo. Where the C
-    library has no mallopt, nothing happens.
+    One arena, no mmap below 32 MiB (the largest threshold that glibc takes), no trimming: 1.24x on the demo. Where the
+    C library has no mallopt, nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

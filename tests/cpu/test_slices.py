@@ -8,8 +8,20 @@ from compare import assert_close
 from models import SMALL, random_batch, train_config
 
 from apr.reference.model import loss_and_gradients
+from apr.train import slices
 from apr.train.slices import SLICES, cut, ranges
 from apr.train.trainer import TransformerTrainer
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """The test batches are small: let one row be a slice."""
+    monkeypatch.setattr(slices, "SLICE_TOKENS", 16)
+
+
+def test_a_small_batch_stays_whole(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE_TOKENS", 512)
+    assert [len(cut(random_batch(0, rows=8, length=t))) for t in (16, 64, 128, 256, 1024)] == [1, 1, 2, 4, 4]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 17])
