@@ -65,7 +65,8 @@ def write_job(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = np.random.default_rng(how.seed).integers(0, config.V, (how.max_steps, how.batch_size, how.max_seq_len + 1))
     np.savez(folder / "batches.npz", inputs=tokens[..., :-1].copy(), targets=tokens[..., 1:].copy())
     return {"config": encode(config), "train": encode(how), "weights": str(folder / "weights.npz"),
-            "batches": str(folder / "batches.npz"), "cores": args.cores, "warmup": args.warmup}
+            "batches": str(folder / "batches.npz"), "cores": args.cores, "warmup": args.warmup,
+            "peer_python": args.peer_python}
 
 
 def run_rounds(commands: dict[str, list[str]], job: dict[str, Any], rounds: int) -> Results:
@@ -88,9 +89,10 @@ def summary(results: Results, job: dict[str, Any]) -> dict[str, Any]:
     """One flat record of what was measured, on what, when and how."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
     describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    command = " ".join(["python", *sys.argv]).replace(str(job["peer_python"]), "PYTHON_WITH_TORCH")
     record = {"date": datetime.date.today().isoformat(), "cpu": cpu.split(":")[-1].strip(), "cores": job["cores"],
               "commit": subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip(),
-              "command": " ".join(["python", *sys.argv])}
+              "command": command}
     tokens = job["train"]["batch_size"] * job["train"]["max_seq_len"]
     for side, found in results.items():
         fast, median, slow = np.percentile([s for one in found for s in one["seconds"]], [20, 50, 80])

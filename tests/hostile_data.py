@@ -6,7 +6,7 @@ import json
 import numpy as np
 from hostile import CONFIG, FORMAT, GATE, INTEGRITY, NOT_FOUND, Case, put
 from hostile_settings import yaml_text
-from hostile_tensors import BAD_JSON, special_files
+from hostile_tensors import BAD_JSON, replaced, special_files
 from hostile_tokenizers import WORDS, V, tokenizer
 
 IDS = np.arange(2000) % V  # ids of a good corpus; 0 ends a document
@@ -20,8 +20,7 @@ def shards(ids=IDS, stored="<u2", tail=b"", manifest=None, extra=None, entries=(
         path.mkdir()
         entry = {"file": "shard-0000.bin", "tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
         values = {"format": "apr-shards", "version": 1, "dtype": {"<u2": "u16", "<u4": "u32"}[stored],
-                  "token_count": len(ids), "documents": 7,
-                  "vocab_size": V, "eos_id": 0, "tokenizer_sha256": "0" * 64,
+                  "token_count": len(ids), "documents": 7, "vocab_size": V, "eos_id": 0, "tokenizer_sha256": "0" * 64,
                   "shards": [{**entry, **e} for e in entries], **change}
         files = {"shard-0000.bin": data,
                  "manifest.json": json.dumps(values).encode() if manifest is None else manifest, **(extra or {})}
@@ -43,9 +42,8 @@ def shard_cases():
         return Case(row, "shards", what, write, code, says, cli)
 
     for value in (V, V + 1, 65535):
-        yield case("C3",
-                   f"u16 id {value}",
-                   shards(with_id(value)), says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value}")
+        yield case("C3", f"u16 id {value}", shards(with_id(value)),
+                   says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value}")
     for value in (-1, V, V + 1, 2**31 - 1, 2**31):
         yield case("C3", f"u32 id {value}", shards(with_id(value), "<u4"),
                    says=f"shard-0000.bin token 5: expected an id in [0, {V}), found {value % 2**32}",
@@ -82,13 +80,10 @@ def shard_cases():
     yield case("B10", "a shard twice", shards(entries=[{}, {}], token_count=2 * len(IDS)), says="each once")
     yield case("B10", "a shard that is not there", shards(entries=[{"file": "shard-0001.bin"}]), NOT_FOUND,
                "shard-0001.bin")
-    yield case("A8",
-               "an id changed",
-               lambda f: put("shard-0000.bin", with_id(6).astype("<u2").tobytes())(shards()(f)).parent, INTEGRITY,
-               "SHA-256", cli=True)
-    yield case("C4",
-               "another tokenizer beside them", shards(extra={"tokenizer.json": json.dumps(tokenizer()).encode()}),
-               says="of this tokenizer", cli=True)
+    changed = put("shard-0000.bin", with_id(6).astype("<u2").tobytes())
+    yield case("A8", "an id changed", replaced(shards(), "shard-0000.bin", changed), INTEGRITY, "SHA-256", cli=True)
+    beside = shards(extra={"tokenizer.json": json.dumps(tokenizer()).encode()})
+    yield case("C4", "another tokenizer beside them", beside, says="of this tokenizer", cli=True)
     for n in range(0, 300, 7):
         yield case("B1", f"manifest cut to {n} bytes", lambda folder, n=n: cut(shards()(folder), "manifest.json", n),
                    says="manifest.json")
@@ -100,13 +95,8 @@ def shard_cases():
         yield case("B8", f"manifest: {what}", shards(manifest=b'{"format": ' + text + b"}"), says="manifest.json")
     for name in ("manifest.json", "shard-0000.bin"):
         for what, write in special_files(name).items():
-            def inside(folder, write=write, name=name):
-                path = shards()(folder)
-                (path / name).unlink()
-                write(path)
-                return path
-            yield case("B13", f"{name} is {what}", inside, says=name, cli=(name, what) in (("manifest.json", "FIFO"),
-                    ("shard-0000.bin", "/dev/zero")))
+            yield case("B13", f"{name} is {what}", replaced(shards(), name, write), says=name,
+                       cli=(name, what) in (("manifest.json", "FIFO"), ("shard-0000.bin", "/dev/zero")))
 
 
 def cut(path, name, n):
@@ -160,12 +150,8 @@ def corpus_cases():
     yield case("C4", "shards of another tokenizer", FORMAT, "manifest.json: expected shards of this tokenizer",
                corpus(shards(), dataset="shards"))
 
-    def no_manifest(folder):
-        path = shards()(folder)
-        (path / "manifest.json").unlink()
-        (path / "manifest.json").mkdir()
-
-    yield case("B13", "a manifest that is a folder", FORMAT, "manifest.json", corpus(no_manifest, dataset="shards"))
+    manifest = replaced(shards(), "manifest.json", special_files("manifest.json")["folder"])
+    yield case("B13", "a manifest that is a folder", FORMAT, "manifest.json", corpus(manifest, dataset="shards"))
     yield case("ENTROPY", "shards of one id", GATE, "x.bin", corpus(put("x.bin", bytes(4000)), dataset="x.bin"),
                cli=True)
     yield case("C5", "too short to hold anything out", CONFIG, "tokens",

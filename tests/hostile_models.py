@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from hostile import CONFIG, FORMAT, INTEGRITY, NOT_FOUND, Case, put
-from hostile_tensors import BAD_JSON, special_files
+from hostile_tensors import BAD_JSON, replaced, special_files
 
 from apr.formats.apr_file import write_apr
 from apr.formats.model_file import model_metadata
@@ -69,9 +69,9 @@ TENSORS = {  # row, change, configuration, what the message says
     "flat": ("B6", lambda a: a.update({EMBED: a[EMBED].reshape(-1)}), MODEL, EMBED),
     "whole numbers": ("B6", lambda a: a.update({NORM: np.ones(8, np.int32)}), MODEL, NORM),
     "NaN": ("B16", poked(NORM, 1, 1, np.nan), MODEL, "nan at element 2"),
-           "Inf": ("B16", poked(NORM, np.inf), MODEL, "inf at element 0"),
+    "Inf": ("B16", poked(NORM, np.inf), MODEL, "inf at element 0"),
     "Inf and -Inf": ("B16", poked(NORM, np.inf, -np.inf), MODEL, NORM),
-           "1e300": ("B16", poked(NORM, 1e300, dtype=np.float64), MODEL, NORM),
+    "1e300": ("B16", poked(NORM, 1e300, dtype=np.float64), MODEL, NORM),
 }
 
 
@@ -111,6 +111,12 @@ def checkpoint_files() -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
+def listed(content):
+    """The files of a manifest that fits."""
+    return {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in content.items() if name != "manifest.json"}
+
+
 def checkpoint(seal=True, **files):
     """A `write` of a checkpoint with other files (by stem); `seal` makes the manifest fit them."""
     def write(folder):
@@ -122,10 +128,8 @@ def checkpoint(seal=True, **files):
             content[name] = value() if callable(value) else value if isinstance(value,
                                                                                 bytes) else json.dumps(value).encode()
         if seal:
-            listed = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n,
-                      d in content.items() if n != "manifest.json"}
-            content["manifest.json"] = json.dumps({**json.loads(checkpoint_files()["manifest.json"]),
-                                                   "files": listed}).encode()
+            manifest = json.loads(checkpoint_files()["manifest.json"])
+            content["manifest.json"] = json.dumps({**manifest, "files": listed(content)}).encode()
         for name, data in content.items():
             (path / name).write_bytes(data)
         return path
@@ -147,17 +151,16 @@ def checkpoint_cases():
 
     hf, manifest = to_hf(MODEL), {"format": "apr-checkpoint", "version": 1, "step": 1}
     for what, change, code, says in (
-            ("no theta", {"rope_theta": None}, CONFIG, "rope_theta"), ("no eps", {"rms_norm_eps": None}, CONFIG,
-                                                                       "rms_norm_eps"),
-            ("encoder", {"model_type": "bert"}, CONFIG, "ARCH-007"), ("misspelt eps", {"rms_norm_epsilon": 1e-5},
-                                                                      CONFIG, "'rms_norm_eps'"),
+            ("no theta", {"rope_theta": None}, CONFIG, "rope_theta"),
+            ("no eps", {"rms_norm_eps": None}, CONFIG, "rms_norm_eps"),
+            ("encoder", {"model_type": "bert"}, CONFIG, "ARCH-007"),
+            ("misspelt eps", {"rms_norm_epsilon": 1e-5}, CONFIG, "'rms_norm_eps'"),
             ("another size", {"hidden_size": 4, "head_dim": 2}, FORMAT, "shape [16, 4]"),
-                                     ("another family", {"model_type": "llama"}, FORMAT, BIAS)):
+            ("another family", {"model_type": "llama"}, FORMAT, BIAS)):
         yield case("H3", f"config.json: {what}", checkpoint(config={**hf, **change}), code, says,
                    cli=what in ("encoder", "misspelt eps"))
-    yield case("B8", "config.json: NaN eps", checkpoint(config=json.dumps({**hf,
-                                                                           "rms_norm_eps": float("nan")}).encode()),
-               says="config.json", cli=True)
+    nan = json.dumps({**hf, "rms_norm_eps": float("nan")}).encode()
+    yield case("B8", "config.json: NaN eps", checkpoint(config=nan), says="config.json", cli=True)
     yield case("B8", "config.json: true for a size", checkpoint(config={**hf, "hidden_size": True}), CONFIG,
                "hidden_size")
     yield case("B16", "NaN weight", checkpoint(model=tensors(poked(NORM, np.nan))), says=NORM, cli=True)
@@ -177,12 +180,11 @@ def checkpoint_cases():
     for what, text in BAD_JSON.items():
         for name in ("state", "config"):
             yield case("B8", f"{name}.json: {what}", checkpoint(**{name: b'{"step": ' + text + b"}"}), says=name)
-    files = {n: {"size": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n,
-             d in checkpoint_files().items() if n != "manifest.json"}
+    files = listed(checkpoint_files())
     for name in ("../x", "/etc/passwd", "a/../../b", "..", "", "a\0", "n" * 300):
-        listed = {**files, name: {"size": 1, "sha256": ""}}
-        yield case("B10", f"manifest lists {name[:20]!r}", checkpoint(False, manifest={**manifest, "files": listed}),
-                   FORMAT, cli=name == "../x")
+        more = {**files, name: {"size": 1, "sha256": ""}}
+        yield case("B10", f"manifest lists {name[:20]!r}", checkpoint(False, manifest={**manifest, "files": more}),
+                   cli=name == "../x")
     for what, value in (("no files", {}), ("files a list", []), ("entries are numbers", dict.fromkeys(files, 5)),
                         ("sizes true", {name: {"size": True} for name in files})):
         code = FORMAT if what in ("no files", "files a list") else INTEGRITY
@@ -190,13 +192,9 @@ def checkpoint_cases():
     for change in ({"format": "x"}, {"version": 2}, {"step": 2}):
         yield case("B6", f"manifest: {change}", checkpoint(False, manifest={**manifest, "files": files, **change}))
     for what, write in special_files("manifest.json").items():
-        def inside(folder, write=write):
-            path = checkpoint()(folder)
-            (path / "manifest.json").unlink()
-            write(path)
-            return path
         regular = what not in ("FIFO", "/dev/zero", "folder", "socket")
-        yield case("B13", f"manifest is {what}", inside, FORMAT if regular else NOT_FOUND, "manifest.json")
+        yield case("B13", f"manifest is {what}", replaced(checkpoint(), "manifest.json", write),
+                   FORMAT if regular else NOT_FOUND, "manifest.json")
 
 
 def run_folder(lines):

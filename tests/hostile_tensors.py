@@ -90,6 +90,16 @@ def special_files(name):
     return {what: made(maker) for what, maker in makers.items()}
 
 
+def replaced(make, name, write):
+    """A `write` of a folder as `make` makes it, with what `write` makes in place of one of its files."""
+    def write_all(folder):
+        path = make(folder)
+        (path / name).unlink()
+        write(path)
+        return path
+    return write_all
+
+
 def appended(name, data):
     """Complete files with something after their end: row B14."""
     return {f"{len(tail)} more bytes": put(name, data + tail) for tail in (b"\0", bytes(64), b"PK\3\4" + bytes(60))}

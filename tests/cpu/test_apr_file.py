@@ -65,15 +65,11 @@ def test_apr_layout_by_hand(tmp_path):
     metadata = b'{"name": "x"}'
     index = (struct.pack("<H1sBBQQQQ", 1, b"a", 0, 2, 2, 3, 0, 24)  # F32 [2, 3]
              + struct.pack("<H2sBBQQ", 2, b"b0", 3, 0, 64, 8)  # F64 []
-             + struct.pack("<H2sBBQQQ", 2, "é".encode(), 30, 1, 2, 128, 4)  # BF16 [2]
-             + struct.pack("<H1sBBQQQQ", 1, b"\x7f", 7, 2, 0, 9, 192, 0))  # U8 [0, 9]
-    entries = [index[:37], index[37:59], index[59:89], index[89:]]
-    index = entries[0] + entries[1] + entries[3] + entries[2]  # names sorted by their bytes: a, b0, 0x7f, é
-    index = index.replace(struct.pack("<QQ", 192, 0), struct.pack("<QQ", 128, 0))  # no bytes: where é begins
-    assert len(metadata) <= 64
-    assert 64 < len(index) <= 128
-    data = np.arange(6, dtype="<f4").tobytes().ljust(64, b"\0") + struct.pack("<d", 2.5).ljust(64,
-            b"\0") + b"\x80\x3f\x00\x40".ljust(64, b"\0")
+             + struct.pack("<H1sBBQQQQ", 1, b"\x7f", 7, 2, 0, 9, 128, 0)  # U8 [0, 9]: no bytes, where the next begins
+             + struct.pack("<H2sBBQQQ", 2, "é".encode(), 30, 1, 2, 128, 4))  # BF16 [2]
+    blocks = (np.arange(6, dtype="<f4").tobytes(), struct.pack("<d", 2.5), b"\x80\x3f\x00\x40")
+    data = b"".join(block.ljust(64, b"\0") for block in blocks)
+    assert len(metadata) <= 64 < len(index) <= 128
     head = struct.pack("<4sBBHIQIQQ", b"APR\0", 2, 0, 1024, 4, 64, len(metadata), 128, 256)
     crc = zlib.crc32(head + bytes(20))
     body = head + struct.pack("<I", crc) + bytes(20) + metadata.ljust(64, b"\0") + index.ljust(128, b"\0") + data

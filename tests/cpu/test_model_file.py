@@ -51,29 +51,37 @@ def changed(config, rng, change):
     return out
 
 
-@pytest.mark.parametrize(("config", "change", "says"), [
-    (QWEN2, lambda a: a.pop(BIAS), rf"missing \['{BIAS}'\]"),
-    (QWEN2, lambda a: a.pop(NORM), rf"missing \['{NORM}'\]"),
-    (QWEN2, lambda a: a.update({HEAD: a[EMBED]}), rf"not used \['{HEAD}'\]"),
-    (LLAMA, lambda a: a.pop(HEAD), rf"missing \['{HEAD}'\]"),
-    (LLAMA, lambda a: a.update({BIAS: np.zeros(16, np.float32)}), rf"not used \['{BIAS}'\]"),
-    (LLAMA, lambda a: a.update(extra=np.zeros(1, np.float32)), r"missing \[\].*not used \['extra'\]"),
-    (LLAMA, lambda a: a.update(gamma=a.pop(NORM)), rf"missing \['{NORM}'\].*not used \['gamma'\]"),
-    (LLAMA, lambda a: a.update({EMBED: a[EMBED].T}), rf"'{EMBED}': expected shape \[97, 32\], found \[32, 97\]"),
-    (LLAMA, lambda a: a.update({NORM: a[NORM][:-1]}), rf"'{NORM}': expected shape \[32\], found \[31\]"),
-    (LLAMA, lambda a: a.update({NORM: a[NORM][None]}), rf"'{NORM}': expected shape \[32\], found \[1, 32\]"),
-    (LLAMA,
-     lambda a: a.update({NORM: a[NORM].astype(np.int32)}), rf"'{NORM}': expected a floating-point dtype, found int32"),
-    (LLAMA, lambda a: a[NORM].__setitem__(5, np.nan), rf"'{NORM}': expected finite values, found nan at element 5"),
-    (LLAMA,
-     lambda a: a[EMBED].__setitem__((3, 4), -np.inf), rf"'{EMBED}': expected finite values, found -inf at element 100"),
-    (LLAMA,
-     lambda a: a[NORM].__setitem__([3,
-                                    4],
-                                   [np.inf, -np.inf]), rf"'{NORM}': expected finite values, found inf at element 3"),
-    (LLAMA,
-     lambda a: a.update({NORM: np.full(32, 1e300)}), rf"'{NORM}': expected finite values, found inf at element 0"),
-])
+def put(name, index, value):
+    """A change that sets elements of a tensor."""
+    return lambda a: a[name].__setitem__(index, value)
+
+
+def replace(name, make):
+    """A change that makes another tensor of a tensor."""
+    return lambda a: a.update({name: make(a[name])})
+
+
+FINITE = "expected finite values, found"
+WRONG = {  # model, change, what the message says
+    "missing bias": (QWEN2, lambda a: a.pop(BIAS), rf"missing \['{BIAS}'\]"),
+    "missing norm": (QWEN2, lambda a: a.pop(NORM), rf"missing \['{NORM}'\]"),
+    "missing head": (LLAMA, lambda a: a.pop(HEAD), rf"missing \['{HEAD}'\]"),
+    "tied head given": (QWEN2, lambda a: a.update({HEAD: a[EMBED]}), rf"not used \['{HEAD}'\]"),
+    "bias of a model without": (LLAMA, lambda a: a.update({BIAS: np.zeros(16, "f4")}), rf"not used \['{BIAS}'\]"),
+    "extra": (LLAMA, lambda a: a.update(extra=np.zeros(1, "f4")), r"missing \[\].*not used \['extra'\]"),
+    "renamed": (LLAMA, lambda a: a.update(gamma=a.pop(NORM)), rf"missing \['{NORM}'\].*not used \['gamma'\]"),
+    "transposed": (LLAMA, replace(EMBED, np.transpose), rf"'{EMBED}': expected shape \[97, 32\], found \[32, 97\]"),
+    "shorter": (LLAMA, replace(NORM, lambda t: t[:-1]), rf"'{NORM}': expected shape \[32\], found \[31\]"),
+    "two dimensions": (LLAMA, replace(NORM, lambda t: t[None]), rf"'{NORM}': expected shape \[32\], found \[1, 32\]"),
+    "whole numbers": (LLAMA, replace(NORM, np.int32), rf"'{NORM}': expected a floating-point dtype, found int32"),
+    "NaN": (LLAMA, put(NORM, 5, np.nan), rf"'{NORM}': {FINITE} nan at element 5"),
+    "-Inf": (LLAMA, put(EMBED, (3, 4), -np.inf), rf"'{EMBED}': {FINITE} -inf at element 100"),
+    "Inf and -Inf": (LLAMA, put(NORM, [3, 4], [np.inf, -np.inf]), rf"'{NORM}': {FINITE} inf at element 3"),
+    "1e300": (LLAMA, replace(NORM, lambda t: np.full(32, 1e300)), rf"'{NORM}': {FINITE} inf at element 0"),
+}
+
+
+@pytest.mark.parametrize(("config", "change", "says"), WRONG.values(), ids=WRONG)
 def test_model_with_wrong_tensors_is_refused(config, change, says, tmp_path, rng):
     save_model(tmp_path / "m.apr", config, changed(config, rng, change), "")
     with pytest.raises(FormatError, match=says) as caught:
