@@ -48,11 +48,8 @@ def run_config(path):
 
 
 def read_safetensors(path):
-    opened = open_safetensors(path)
-    try:
+    with open_safetensors(path) as opened:
         return opened.metadata, opened.read_all()
-    finally:
-        opened.close()
 
 
 def with_environment(path):

@@ -166,8 +166,5 @@ def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) ->
 
 
 def _init_config(path: Path) -> TransformerConfig:
-    opened = open_apr(path)
-    try:
+    with open_apr(path) as opened:
         return config_from_metadata(opened.metadata, str(path))
-    finally:
-        opened.close()

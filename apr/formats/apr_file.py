@@ -19,7 +19,6 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -32,11 +31,11 @@ from apr.formats.tensors import (
     MAX_DIMENSIONS,
     MAX_NAME,
     TensorEntry,
+    TensorFile,
     checked_name,
     checked_shape,
     checked_tiling,
     raw_bytes,
-    read_tensor,
 )
 from apr.strict import MAX_JSON_BYTES, parse_json
 
@@ -49,34 +48,11 @@ ROW_MAJOR, HAS_VOCAB = 1024, 512
 ACCEPTED_FLAGS = ROW_MAJOR | HAS_VOCAB | 32 | 128
 
 
-@dataclass(frozen=True)
-class AprFile:
-    """An open, fully checked file: `metadata`, `entries` by name in name order, and `read(name)`."""
-
-    path: Path
-    file: BinaryIO
-    flags: int
-    metadata: dict[str, Any]
-    entries: dict[str, TensorEntry]
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
-        return read_tensor(self.file, self.path, self.entries[name])
-
-    def read_all(self) -> dict[str, np.ndarray]:
-        """Every tensor by name."""
-        return {name: self.read(name) for name in self.entries}
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
 def _up(position: int) -> int:
     return -(-position // ALIGN) * ALIGN
 
 
-def open_apr(path: Path) -> AprFile:
+def open_apr(path: Path) -> TensorFile:
     """Open a file and check everything about it, the checksum of the payload included.
 
     Raises NotFoundError, StorageError, FormatError naming the rule and the tensor, IntegrityError for a checksum.
@@ -90,7 +66,7 @@ def open_apr(path: Path) -> AprFile:
         raise
 
 
-def _checked(path: Path, file: BinaryIO, size: int) -> AprFile:
+def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
     where = str(path)
 
     def refuse(expected: str, found: str, fix: str = "write the file again") -> NoReturn:
@@ -137,7 +113,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> AprFile:
         if any(file.read(_up(end) - end)):
             refuse("zero padding after each tensor", f"other bytes after '{entry.name}'")
     _check_payload(where, file, size)
-    return AprFile(path, file, flags, metadata, entries)
+    return TensorFile(path, file, metadata, entries, flags)
 
 
 def _index(where: str, data: bytes, count: int, data_at: int, end: int) -> dict[str, TensorEntry]:

@@ -61,13 +61,9 @@ def load_model(path: Path) -> tuple[TransformerConfig, dict[str, np.ndarray], di
 
     Raises NotFoundError, FormatError, IntegrityError, ConfigError.
     """
-    opened = open_apr(path)
-    try:
+    with open_apr(path) as opened:
         config = config_from_metadata(opened.metadata, str(path))
-        arrays = {name: opened.read(name) for name in opened.entries}
-        return config, check_coverage(config, arrays, str(path)), opened.metadata
-    finally:
-        opened.close()
+        return config, check_coverage(config, opened.read_all(), str(path)), opened.metadata
 
 
 def check_coverage(config: TransformerConfig, arrays: Mapping[str, np.ndarray], where: str) -> dict[str, np.ndarray]:

@@ -9,44 +9,21 @@ and it writes in place.)
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from apr.dtypes import BY_NAME, BY_NUMPY, DType
 from apr.errors import FormatError
 from apr.files import open_regular, os_errors, replacing
-from apr.formats.tensors import TensorEntry, checked_name, checked_shape, checked_tiling, raw_bytes, read_tensor
+from apr.formats.tensors import TensorEntry, TensorFile, checked_name, checked_shape, checked_tiling, raw_bytes
 from apr.strict import MAX_JSON_BYTES, parse_json
 
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
-@dataclass(frozen=True)
-class SafetensorsFile:
-    """An open, fully checked file: `entries` by name in file order, string `metadata`, and `read(name)`."""
-
-    path: Path
-    file: BinaryIO
-    entries: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
-        return read_tensor(self.file, self.path, self.entries[name])
-
-    def read_all(self) -> dict[str, np.ndarray]:
-        """Every tensor by name."""
-        return {name: self.read(name) for name in self.entries}
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path) -> TensorFile:
     """Open a file and check all of its header before anything is allocated for tensors.
 
     Raises NotFoundError, StorageError, FormatError naming the tensor and the rule.
@@ -70,7 +47,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         data_start = 8 + length
         entries = {name: _entry(where, name, value, data_start) for name, value in header.items()}
         checked_tiling(where, entries, data_start, size, align=1)
-        return SafetensorsFile(path, file, entries, metadata)
+        return TensorFile(path, file, metadata, entries)
     except BaseException:
         file.close()
         raise

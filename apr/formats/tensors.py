@@ -27,6 +27,46 @@ class TensorEntry:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class TensorFile:
+    """An open, fully checked file of tensors, also a context manager.
+
+    `entries` by name, in the file's order; `metadata` (texts only in safetensors); `flags` (.apr only).
+    """
+
+    path: Path
+    file: BinaryIO
+    metadata: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    flags: int = 0
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
+        entry = self.entries[name]
+        out = np.empty(entry.shape, entry.dtype.numpy)
+        with os_errors(str(self.path)):
+            self.file.seek(entry.start)
+            got = self.file.readinto(raw_bytes(out)) if entry.nbytes else 0  # type: ignore[attr-defined]
+        if got != entry.nbytes:
+            raise FormatError(f"{self.path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}",
+                              "the file was cut; get it again")
+        return out
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        """Every tensor by name."""
+        return {name: self.read(name) for name in self.entries}
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 def checked_name(where: str, name: str) -> str:
     """The name, if it is one that can be shown and kept."""
     if not 1 <= len(name.encode("utf-8")) <= MAX_NAME or "\0" in name:
@@ -61,18 +101,6 @@ def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, e
     if position != end:
         raise FormatError(where, f"tensors that end with their section, at byte {end}", f"byte {position}",
                           "the file is cut short or has something appended; get it again")
-
-
-def read_tensor(file: BinaryIO, path: Path, entry: TensorEntry) -> np.ndarray:
-    """A tensor of an open file in memory of its own. Raises StorageError, FormatError when the file is now shorter."""
-    out = np.empty(entry.shape, entry.dtype.numpy)
-    with os_errors(str(path)):
-        file.seek(entry.start)
-        got = file.readinto(out.reshape(-1).view(np.uint8)) if entry.nbytes else 0  # type: ignore[attr-defined]
-    if got != entry.nbytes:
-        raise FormatError(f"{path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}",
-                          "the file was cut; get it again")
-    return out
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:

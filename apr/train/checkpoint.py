@@ -146,11 +146,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    opened = open_safetensors(path)
-    try:
+    with open_safetensors(path) as opened:
         return opened.read_all()
-    finally:
-        opened.close()
 
 
 def latest(ckpt_dir: Path, warn: Callable[[str], None]) -> Checkpoint:

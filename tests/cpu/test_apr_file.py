@@ -15,11 +15,8 @@ SHAPES = [(), (0,), (1,), (3, 0, 2), (5, 7), (2, 1, 3, 1, 2, 1, 1, 4)]
 
 def read(path):
     """Metadata and tensors of a file."""
-    opened = open_apr(path)
-    try:
+    with open_apr(path) as opened:
         return opened.metadata, opened.read_all()
-    finally:
-        opened.close()
 
 
 def random_array(rng, shape, dtype):

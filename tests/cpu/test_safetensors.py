@@ -17,11 +17,8 @@ PACKAGE = [d for d in DTYPES if d.name != "BF16"]  # its NumPy side writes BF16 
 
 def read(path):
     """Metadata and tensors of a file."""
-    opened = open_safetensors(path)
-    try:
+    with open_safetensors(path) as opened:
         return opened.metadata, opened.read_all()
-    finally:
-        opened.close()
 
 
 def random_arrays(rng, dtype):
