@@ -1,4 +1,4 @@
-"""Fixtures shared by every test, and the closing line that counts skips with their reasons."""
+"""Fixtures shared by the tests."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `compare`, `models` and `hostile` by name
+sys.path.insert(0, str(Path(__file__).parent))  # tests import compare, models, hostile … by name
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     """The same random numbers in every run."""
     return np.random.default_rng(20261120)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with small texts in texts/ and the configuration of a small run in run.yaml."""
+    from models import YAML, write_texts
+
+    path = tmp_path_factory.mktemp("corpus")
+    write_texts(path / "texts")
+    (path / "run.yaml").write_text(YAML)
+    return path

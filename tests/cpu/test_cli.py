@@ -6,7 +6,6 @@ import sys
 import time
 
 import pytest
-from models import YAML, write_texts
 
 from apr.cli.main import COMMANDS
 
@@ -17,14 +16,6 @@ def apr(*arguments, env=None, **options):
                           timeout=120, env=env, **options)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout, done.stderr
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli")
-    write_texts(path / "texts")
-    (path / "run.yaml").write_text(YAML)
-    return path
 
 
 def pretrain(folder, *more, **options):

@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-from models import YAML, write_texts
+from models import YAML
 
 import apr.train.trainer
 from apr.cli.main import build
@@ -26,14 +26,6 @@ TIMES = ("tokens_per_sec", "wall_ms", "wall_seconds")
 def arguments(folder, *more) -> Namespace:
     return build("pretrain").parse_args(["--config", str(folder / "run.yaml"), "--dataset", str(folder / "texts"),
                                          "--run-dir", "unused", *more])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus")
-    write_texts(path / "texts")
-    (path / "run.yaml").write_text(YAML)
-    return path
 
 
 @pytest.fixture(scope="module")
