@@ -56,7 +56,9 @@ def big_apr(folder):
 @functools.cache
 def original(kind, name, folder):
     """A good file's path in `folder`, the path that its reader takes, and its bytes."""
-    made = big_apr(folder) if kind == "apr" else good()[kind](folder)
+    home = folder / f"{kind}-{name}"
+    home.mkdir()
+    made = big_apr(home) if kind == "apr" else good()[kind](home)
     path = made / name if made.is_dir() else made
     return path, made, path.read_bytes()
 
@@ -108,6 +110,14 @@ def test_fuzz_manifest(folder, edits):
     if tokens is not None:
         assert np.array_equal(tokens[0], IDS)
         assert json.dumps(tokens[1], allow_nan=False)
+
+
+@EXAMPLES
+@given(EDITS)
+def test_fuzz_shard(folder, edits):
+    """The manifest's hash covers every token: a shard that differs is refused."""
+    tokens, _, differs = outcome("shards", "shard-0000.bin", folder, edits, lambda path: open_shards(path, None, V))
+    assert differs == (tokens is None)
 
 
 @EXAMPLES
