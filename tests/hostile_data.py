@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 from hostile import CONFIG, FORMAT, GATE, INTEGRITY, NOT_FOUND, Case, put
@@ -104,6 +105,13 @@ def cut(path, name, n):
     return path
 
 
+def endless_line(folder):
+    """A line of 256 MB, sparse on the disk: it must not be read to its end."""
+    path = put("x.jsonl", b'{"content": "')(folder)
+    os.truncate(path, 2**28)
+    return path
+
+
 def text_cases():
     def case(row, what, name, data, says="", cli=False):
         return Case(row, "text", what, put(name, data), FORMAT, says, cli)
@@ -115,7 +123,8 @@ def text_cases():
     yield case("C9", "zero byte", "x.txt", b"hello\0", "offset 5")
     yield case("C9", "empty", "x.txt", b"", "empty")
     yield case("C9", "a line of 16 MB", "x.jsonl", lambda: b'{"content": "' + b"a" * MAX_LINE + b'"}\n',
-               f"at most {MAX_LINE} bytes", cli=True)
+               f"at most {MAX_LINE} bytes")
+    yield Case("C9", "text", "a line of 256 MB", endless_line, FORMAT, f"at most {MAX_LINE} bytes", cli=True)
     first = b'{"content": "x"}\n'
     for what, line in (("a list", b"[]"), ("a number", b"5"), ("no content", b'{"text": "x"}'),
                        ("content null", b'{"content": null}'), ("content a number", b'{"content": 5}'),

@@ -168,7 +168,9 @@ def checkpoint_cases():
     yield case("B15", "moments of another model", checkpoint(optimizer=tensors(lambda a: None)),
                says="optimizer.safetensors")
     for name in ("config", "model", "optimizer", "state"):
-        cut = checkpoint_files()[next(n for n in checkpoint_files() if n.startswith(name))][:-1]
+        whole = checkpoint_files()[next(n for n in checkpoint_files() if n.startswith(name))]
+        cut, flipped = whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])
+        yield case("A8", f"{name}, a bit flipped", checkpoint(False, **{name: flipped}), INTEGRITY, "SHA-256")
         yield case("A8", f"{name} cut, manifest not", checkpoint(False, **{name: cut}), INTEGRITY, name,
                    cli=name == "model")
         yield case("B1", f"{name} cut, manifest too", checkpoint(**{name: cut}), says=name)

@@ -24,7 +24,9 @@ ROOM = 64 * 2**20  # bytes beyond the file's size and what the command takes on 
 LAUNCH = """
 import json, os, resource, sys, time
 out, err, *command = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # a bomb that does go off is not to take the machine with it
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+if hard == resource.RLIM_INFINITY or hard > 2**34:  # a bomb that does go off is not to take the machine with it
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
 began = time.monotonic()
 files = [(os.POSIX_SPAWN_OPEN, fd, name, os.O_WRONLY | os.O_CREAT, 0o600) for fd, name in ((1, out), (2, err))]
 pid = os.posix_spawn(command[0], command, os.environ, file_actions=files)
