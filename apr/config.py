@@ -14,6 +14,7 @@ import msgspec
 from apr.errors import ConfigError, did_you_mean
 
 IGNORE = -100  # the target id that means "no target here"; Hugging Face's label for it
+MAX_LAYERS = 10_000  # each is a few entries in tables that are made before anything is compared with a file
 VOCAB_MULTIPLE = 128  # logits are padded to this inside; 50257 unpadded costs 7x on the head
 
 # Hugging Face's model_type and class of the decoder families that apr computes.
@@ -73,6 +74,8 @@ class TransformerConfig:
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
             require(name, value, "a whole number from 1 to 2^31-1", type(value) is int and 1 <= value < 2**31)
+        require("num_hidden_layers", self.num_hidden_layers, f"at most {MAX_LAYERS}",
+                self.num_hidden_layers <= MAX_LAYERS)
         require("num_key_value_heads", self.num_key_value_heads, f"a divisor of num_attention_heads "
                 f"({self.num_attention_heads})", self.num_attention_heads % self.num_key_value_heads == 0)
         require("head_dim", self.head_dim, "even, since rotation pairs its halves", self.head_dim % 2 == 0)

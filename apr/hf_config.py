@@ -12,7 +12,6 @@ from apr.errors import ConfigError, did_you_mean
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta", "deberta-v2", "albert", "modernbert")
 
-MAX_LAYERS = 10_000  # every layer is a few entries in tables that are made before anything is compared with the file
 
 SAME_NAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
@@ -49,9 +48,6 @@ def from_hf(values: Any, where: str) -> TransformerConfig:
     heads, width = _need(values, "num_attention_heads", where), _need(values, "hidden_size", where)
     theta, scaling = _rope(values, where)
     out = {key: _need(values, key, where) for key in SAME_NAME}
-    if type(out["num_hidden_layers"]) is int and out["num_hidden_layers"] > MAX_LAYERS:
-        raise ConfigError(f"{where}: num_hidden_layers", f"at most {MAX_LAYERS}", str(out["num_hidden_layers"]),
-                          "correct the file")
     out.update(
         num_key_value_heads=_kv_heads(values, family, heads, where),
         head_dim=_head_dim(values, family, heads, width, where),

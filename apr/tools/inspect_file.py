@@ -109,7 +109,9 @@ def _run(path: Path) -> dict[str, Any]:
 
 def _events(path: Path) -> list[dict[str, Any]]:
     events = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]  # a killed run may have left half a line; resuming cuts it off
+    for number, line in enumerate(whole.splitlines(), 1):
         event = parse_json(line, f"{path} line {number}")
         if not isinstance(event, dict):
             raise FormatError(f"{path} line {number}", "an event, a JSON object", type(event).__name__,
