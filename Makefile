@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench golden clean
+.PHONY: help setup demo test test-gpu check bench golden clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*##/ -/'
@@ -10,6 +10,8 @@ help:            ## list the targets
 .venv/ready: setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@extra=$$($(BIN)/apr doctor --extra) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,$$extra]"
 	@touch $@
 
 setup: .venv/ready  ## make .venv with apr installed in it, editable
@@ -19,7 +21,10 @@ demo: setup      ## train a small model on the standard library's source, about 
 	$(BIN)/apr pretrain --demo --run-dir runs/demo
 
 test: setup      ## everything that needs no GPU
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q tests/cpu tests/faults
+
+test-gpu: setup  ## the tests of the GPU, on a machine that has one
+	$(BIN)/python -m pytest -q tests/gpu
 
 check: setup     ## style and types: seconds, before every commit
 	$(BIN)/ruff check . && $(BIN)/mypy

@@ -35,6 +35,8 @@ EXTRAS = {
     ],
     "cuda13": ["cupy-cuda13x>=14.0", "nvidia-cuda-nvrtc>=13,<14", "nvidia-cuda-runtime>=13,<14",
                "nvidia-cublas>=13,<14"],
+    # Compiles kernels on a machine without a GPU; enough for the tests there.
+    "nvrtc": ["cupy-cuda12x>=14.0", "nvidia-cuda-nvrtc-cu12>=12.9,<13"],
     "hub": ["huggingface-hub>=0.34"],
     "parquet": ["pyarrow>=18"],
     "plot": ["matplotlib>=3.9"],

@@ -123,7 +123,7 @@ class TransformerTrainConfig:
     beta1: float = field(default=0.9, metadata={"help": "AdamW first moment"})
     beta2: float = field(default=0.999, metadata={"help": "AdamW second moment"})
     adam_eps: float = field(default=1e-8, metadata={"help": "AdamW epsilon"})
-    precision: str = field(default="fp32", metadata={"help": "fp32 (the CPU computes nothing else)"})
+    precision: str = field(default="fp32", metadata={"help": "fp32, or on a GPU bf16 with float32 master weights"})
     seed: int = field(default=42, metadata={"help": "weights and order of the data"})
 
     def __post_init__(self) -> None:

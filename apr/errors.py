@@ -8,9 +8,15 @@
     ├── IntegrityError            6   checksum or hash differs
     ├── StorageError              7   read or write failed: disk full, no permission, I/O
     ├── UnavailableError          9   device or feature not here (never a silent fallback)
+    ├── DeviceFault              10   CUDA error that ends the process: illegal address, lost device
     ├── OutOfMemoryError         11   host or device memory
     ├── Stopped                  75   stopped on request, resumable checkpoint written
-    └── ShapeError                1   an array does not fit its declared shape or dtype
+    ├── ShapeError                1   an array does not fit its declared shape or dtype
+    ├── KernelError               1   a compiled kernel that does not load
+    ├── KernelParamError          1   the baked names differ from the declared ones
+    ├── KernelCompileError        1   the compiler refused the source, or warned
+    ├── KernelCacheFrozen         1   a compile was needed after the warm-up: it names the key
+    └── LaunchError               1   argument count, order, type or layout; grid or block
 
 A message has four parts, always: where, what was expected, what was found, what to do. It is one line.
 """
@@ -59,6 +65,10 @@ class UnavailableError(AprError):
     exit_code = 9
 
 
+class DeviceFault(AprError):
+    exit_code = 10
+
+
 class OutOfMemoryError(AprError):
     exit_code = 11
 
@@ -70,6 +80,26 @@ class Stopped(AprError):
 
 
 class ShapeError(AprError):
+    exit_code = 1
+
+
+class KernelError(AprError):
+    exit_code = 1
+
+
+class KernelParamError(AprError):
+    exit_code = 1
+
+
+class KernelCompileError(AprError):
+    exit_code = 1
+
+
+class KernelCacheFrozen(AprError):
+    exit_code = 1
+
+
+class LaunchError(AprError):
     exit_code = 1
 
 

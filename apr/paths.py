@@ -1,16 +1,21 @@
-"""Where things are: the kernel and contract folders, and the process environment (this is its only reader).
+"""Where things are: the kernel, contract and cache folders, and the process environment (only this file touches it).
 
 The environment variables of apr are these and no others; an unknown `APR_*` is refused, because a misspelt switch
 that is silently ignored is a wrong result waiting to happen.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from apr.errors import ConfigError, NotFoundError, did_you_mean
 
 ENVIRONMENT = {
+    "APR_CACHE_DIR": "folder of the kernel cache",
     "APR_DEVICE": "default of --device",
+    "APR_SYNC": "1: wait after every kernel launch, so that a fault names its kernel",
     "APR_TRACEBACK": "1: print the whole traceback of an internal error",
 }
 
@@ -45,3 +50,58 @@ def kernels_dir() -> Path:
 def contracts_dir() -> Path:
     """The folder of the YAML contracts."""
     return _outside_folder("contracts")
+
+
+def cache_dir() -> Path | None:
+    """The folder of the kernel cache: APR_CACHE_DIR, else $XDG_CACHE_HOME/apr, else ~/.cache/apr.
+
+    It may not exist, nor be writable: the cache finds out and says so. None where there is no home folder at all.
+    """
+    asked, shared = environment().get("APR_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME", "")
+    if asked:
+        return Path(asked).absolute()
+    if os.path.isabs(shared):  # the XDG specification ignores a relative one
+        return Path(shared) / "apr"
+    try:
+        return Path.home().absolute() / ".cache" / "apr"
+    except RuntimeError:
+        return None
+
+
+def prepare_cupy_cache() -> str:
+    """The folder of CuPy's own cache, set as CUPY_CACHE_DIR unless it already is; call it before CuPy is imported.
+
+    `import cupy` makes its folder under HOME and dies if it cannot, and loads code from it later. So: `cupy` in apr's
+    cache folder if that is ours alone, else a temporary folder that goes with the process.
+    """
+    if os.environ.get("CUPY_CACHE_DIR"):
+        return os.environ["CUPY_CACHE_DIR"]
+    parent = cache_dir()
+    folder = str(parent / "cupy") if parent is not None and _private(parent / "cupy") else ""
+    if not folder:
+        folder = tempfile.mkdtemp(prefix="apr-cupy-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["CUPY_CACHE_DIR"] = folder
+    return folder
+
+
+def _private(folder: Path) -> bool:
+    """Whether `folder` is there, or can be made, as ours alone to write."""
+    try:
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        info = folder.lstat()
+    except OSError:
+        return False
+    return info.st_uid == os.geteuid() and info.st_mode & 0o022 == 0 and os.access(folder, os.W_OK | os.X_OK)
+
+
+def cuda_visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES, which hides GPUs from the driver; None if unset."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def gpu_environment() -> dict[str, str]:
+    """The variables that are set and change what apr, CuPy or the driver do; unknown APR_* too."""
+    return {k: v for k, v in sorted(os.environ.items())
+            if k.startswith(("APR_", "CUPY_")) or k in ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "LD_LIBRARY_PATH")}

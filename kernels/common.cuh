@@ -1,32 +1,69 @@
-// common.cuh - what every kernel file shares: the storage type, and sums over a warp and over a block.
+// common.cuh - what every kernel file shares: the storage type, 16-byte vectors, sums over a warp and over a block.
 //
 // MATH      warp_sum(x) = sum of x over the 32 lanes        block_sum<BLOCK>(x) = sum of x over the BLOCK threads
 // BAKED     FLOATX (f32 or bf16): floatX, the type in which activations and weights are stored
-// LAUNCH    both are called by all threads of the warp or block together; blockDim is (BLOCK, 1, 1)
+// LAUNCH    the sums are called by all threads of the warp or block together; blockDim is (BLOCK, 1, 1)
 // MEMORY    block_sum: BLOCK/32 floats of shared memory, the same for all calls of one BLOCK
-// NUMERICS  float sums in a fixed order, no atomics: same input, same bits, and the same bits in every thread
+// NUMERICS  float sums in a fixed order, no atomics: same input, same bits, and the same bits in every thread;
+//           bf16 is rounded to nearest even, as PyTorch and ml_dtypes round it
 //
-// The expanded text of this file is part of the key of every kernel that includes it.
+// Nothing of CUDA's own headers is included: every byte that the compiler reads is in the key of the kernel.
 #ifndef APR_COMMON_CUH
 #define APR_COMMON_CUH
-#include <cuda_bf16.h>
 
 #ifndef K_FLOATX
 #error "K_FLOATX is not baked: there is no default storage type"
 #endif
 
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i32 = int;
+using i64 = long long;
 using f32 = float;
-using bf16 = __nv_bfloat16;
+using f64 = double;
+
+// The upper half of a float. Needs sm_80, whose cvt rounds to nearest even.
+struct bf16 {
+    u16 bits;
+};
+
 using floatX = K_FLOATX;
 
 template <typename A, typename B> struct same_type { static constexpr bool value = false; };
 template <typename A> struct same_type<A, A> { static constexpr bool value = true; };
 static_assert(same_type<floatX, f32>::value || same_type<floatX, bf16>::value, "FLOATX is f32 or bf16");
 
+__device__ __forceinline__ float to_float(f32 x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+
+template <typename X> __device__ __forceinline__ X from_float(float x);
+template <> __device__ __forceinline__ f32 from_float<f32>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
+    bf16 out;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+    return out;
+}
+
+// W neighbours that are read and written in one access, of 16 bytes where W = VEC: addresses must be multiples of it.
+template <typename X, int W> struct alignas(sizeof(X) * W) Vec {
+    X lane[W];
+    __device__ __forceinline__ float operator[](int i) const { return to_float(lane[i]); }
+    __device__ __forceinline__ void set(int i, float x) { lane[i] = from_float<X>(x); }
+};
+constexpr int VEC = 16 / sizeof(floatX);
+
+// The widest access that divides `length` elements of floatX: VEC where rows of that length keep the alignment.
+__host__ __device__ constexpr int vector_width(int length) {
+    int width = VEC;
+    while (length % width != 0) width /= 2;
+    return width;
+}
+
 // Every lane gets the sum. Butterfly: both partners of a step add the same two numbers, so all lanes agree to the bit.
+template <int LANES = 32>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    for (int lane = LANES / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
     return x;
 }
 
@@ -45,6 +82,24 @@ __device__ __forceinline__ float block_sum(float x) {
         __syncthreads();  // the next call may write
     }
     return x;
+}
+
+// out[column] += sum over the parts of partial[part * stride + column], column < width: the second half of a sum over
+// rows. 32 columns per block of (32, 8) threads; each of the 8 takes every 8th part, then they are added in order.
+__device__ __forceinline__ void add_parts(f32* __restrict__ out, const f32* __restrict__ partial, int parts, int width,
+                                          int stride) {
+    __shared__ float sums[8][32];
+    const int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < width)
+        for (int part = threadIdx.y; part < parts; part += 8) sum += partial[(i64)part * stride + column];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < width) {
+#pragma unroll
+        for (int lane = 1; lane < 8; lane++) sum += sums[lane][threadIdx.x];
+        out[column] += sum;
+    }
 }
 
 #endif

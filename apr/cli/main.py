@@ -20,6 +20,7 @@ COMMANDS = {
     "pretrain": "train a model on text or token shards",
     "tokenize": "turn text, source trees, JSONL or Parquet into token shards",
     "inspect": "show what a model file, checkpoint, run, tokenizer or shard folder holds, and verify it",
+    "doctor": "show what this machine has of what apr needs, and what can be done with it",
 }
 
 

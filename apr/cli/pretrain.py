@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or resume. Returns 0 when the run came to its end, early or not."""
-    device = choose_device(args.device)
+    chosen = choose_device(args.device)
+    device = chosen.text
     with Display(sys.stderr) as display:
         sinks: list[Callable[[dict[str, Any]], None]] = [display]
         if args.json:
@@ -90,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
             saved = read_run(args.run_dir)
             check_resumed(saved, _merge(asdict(saved), {}, args, saved.model), str(args.run_dir))
             config = saved
-            end = resume(saved, args.run_dir, sinks, display.warn)
+            end = resume(saved, args.run_dir, device, sinks, display.warn)
         else:
-            config = build_config(args)
+            config = build_config(args, chosen.precision)
             if config.init is not None:
                 advice = check_provisioned(config.model, config.train, args.force_under_provisioned)
                 if advice:
@@ -109,8 +110,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration of a new run. Raises ConfigError, NotFoundError, FormatError."""
+def build_config(args: argparse.Namespace, precision: str = "fp32") -> RunConfig:
+    """The configuration of a new run; `precision` is the device's own.
+
+    Raises ConfigError, NotFoundError, FormatError.
+    """
     given: dict[str, Any] = {}
     if args.demo:
         given = {**DEMO_RUN}
@@ -120,7 +124,8 @@ def build_config(args: argparse.Namespace) -> RunConfig:
     model = _model(args, given, init)
     mode = args.mode or given.get("mode") or ("finetune" if init else "from-scratch")
     row = MODES[mode]
-    base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"])},
+    base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"]),
+                      "precision": precision},
             "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None,
             "tokenizer": None,
             "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False, "init": None}

@@ -9,6 +9,7 @@ import numpy as np
 
 from apr.config import IGNORE, TransformerConfig
 from apr.errors import ShapeError
+from apr.params import EMBED, HEAD, NORM
 from apr.reference.block import Arrays, block_backward, block_forward
 from apr.reference.cross_entropy import cross_entropy_forward_backward
 from apr.reference.embedding import embedding_backward, embedding_forward
@@ -16,8 +17,6 @@ from apr.reference.linear import linear_backward, linear_forward
 from apr.reference.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from apr.reference.rope import rope_tables
 from apr.taps import Tap, layer_tap, tap_name
-
-EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def head_name(config: TransformerConfig) -> str:

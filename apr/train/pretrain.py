@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from apr.config import TransformerTrainConfig, require
 from apr.errors import GateError, Stopped
+from apr.train.base import StepStats
 from apr.train.guards import WINDOW, Verdict, judge_initial, judge_step, judge_val
 from apr.train.log import Event, Sink
 from apr.train.schedule import lr_at
-from apr.train.trainer import StepStats
 
 RECENT = 10  # training losses that validation is held against
 

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ from apr.config import decode
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError, NotFoundError
 from apr.files import os_errors, write_atomic
-from apr.formats.model_file import load_model
 from apr.strict import read_json
 from apr.train import checkpoint
+from apr.train.base import StepStats, Trainer
+from apr.train.build import device_versions, make_trainer
 from apr.train.corpus import Corpus, open_corpus
 from apr.train.log import RunLog, Sink
 from apr.train.pretrain import EpochArtifact, LoopState, PretrainLoop, checkpoint_event
 from apr.train.run_config import RunConfig
 from apr.train.signals import StopRequest
 from apr.train.synthetic import SyntheticRun
-from apr.train.trainer import StepStats, TransformerTrainer
 
 
 class DirectoryLock:
@@ -84,12 +84,13 @@ class SavedState:
     data: DataCursor
     parameters_sha256: str
     optimizer_sha256: str
+    trainer: dict[str, Any] = field(default_factory=dict)
 
 
 class RealRun:
     """StepFn, ValFn and CheckpointFn over a trainer and a corpus."""
 
-    def __init__(self, config: RunConfig, trainer: TransformerTrainer, corpus: Corpus, run_dir: Path, log: RunLog,
+    def __init__(self, config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path, log: RunLog,
                  passes: int) -> None:
         self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
         self.ckpt_dir = run_dir / "ckpt"
@@ -130,18 +131,11 @@ class RealRun:
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
         saved = SavedState(state.step, self.trainer.step, state, self.log.sync(),
                            asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
-                           self.trainer.parameters_sha256(), self.trainer.optimizer_state_sha256())
+                           self.trainer.parameters_sha256(), self.trainer.optimizer_state_sha256(),
+                           self.trainer.record())
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, self.trainer.model, self.trainer.params,
                                     self.trainer.optimizer_state(), asdict(saved),
                                     tokenizer.json if tokenizer else None)
-
-
-def make_trainer(config: RunConfig) -> TransformerTrainer:
-    """Random weights, or those of --init with a fresh optimizer (FALSIFY-APR-PRETRAIN-INIT-009)."""
-    if config.init is None:
-        return TransformerTrainer.new(config.model, config.train)
-    _, arrays, _ = load_model(Path(config.init))
-    return TransformerTrainer.with_model(config.model, arrays, config.train)
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -175,7 +169,7 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -
         corpus, trainer = None, None
     else:
         corpus = open_corpus(config, None, notes.append)
-        trainer = make_trainer(config)
+        trainer = make_trainer(config.model, config.train, device, config.init)
     with os_errors(str(run_dir)):
         run_dir.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(run_dir):
@@ -183,18 +177,18 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink]) -
         if corpus is not None and corpus.tokenizer is not None:
             write_atomic(run_dir / "tokenizer.json", corpus.tokenizer.json.encode())
         write_atomic(run_dir / "run.json",
-                     json.dumps({"config": asdict(config), "versions": versions()}, indent=1).encode())
+                     json.dumps({"config": asdict(config), "versions": versions(device)}, indent=1).encode())
         with RunLog(run_dir, sinks) as log:
             log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode,
                  "dataset": config.dataset, "vocab_size": config.model.V, "max_steps": config.train.max_steps,
                  "tokens_per_step": config.train.tokens_per_step, "entropy_bits": corpus and corpus.entropy,
-                 "train_tokens": corpus and corpus.train_tokens, **versions()})
+                 "train_tokens": corpus and corpus.train_tokens, **versions(device)})
             for text in notes:
                 log({"event": "note", "step": 0, "text": text})
             return _loop(config, run_dir, log, trainer, corpus, None)
 
 
-def resume(config: RunConfig, run_dir: Path, sinks: list[Sink], warn: Any) -> dict[str, Any]:
+def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], warn: Any) -> dict[str, Any]:
     """Go on with a run from its newest whole checkpoint; bit for bit what it would have been. Arguments as pretrain.
 
     Raises ConfigError when the data are not those that the run began with.
@@ -210,10 +204,8 @@ def resume(config: RunConfig, run_dir: Path, sinks: list[Sink], warn: Any) -> di
         if saved.data.fingerprint != corpus.fingerprint:
             raise ConfigError(str(config.dataset), "the tokens that the run began with", "others",
                               "restore the data, or start a new run")
-        trainer = TransformerTrainer.with_model(config.model, found.params, config.train)
-        for name, view in trainer.optimizer_state().items():
-            view[...] = found.optimizer[name]
-        trainer.step = saved.optimizer_step
+        trainer = make_trainer(config.model, config.train, device, None, found.params, saved.trainer)
+        trainer.load_optimizer(found.optimizer, saved.optimizer_step)
         with RunLog(run_dir, sinks, saved.log_bytes) as log:
             log(checkpoint_event(saved.step, saved.artifact))
             log({"event": "resume", "step": saved.step, "checkpoint": found.path.name})
@@ -228,7 +220,7 @@ def _decode_state(found: checkpoint.Checkpoint) -> SavedState:
                           "use another checkpoint") from None
 
 
-def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: TransformerTrainer | None, corpus: Corpus | None,
+def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: Trainer | None, corpus: Corpus | None,
           saved: SavedState | None) -> dict[str, Any]:
     if trainer is None or corpus is None:
         epochs = -(-config.train.max_steps // config.loop.steps_per_epoch)
@@ -241,7 +233,7 @@ def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: TransformerTra
                             saved.loop if saved else None).run()
 
 
-def versions() -> dict[str, str]:
-    """What ran: apr, Python, NumPy, tokenizers."""
+def versions(device: str) -> dict[str, str]:
+    """What ran: apr, Python, NumPy, tokenizers; with a GPU its name, its driver's and CuPy's versions."""
     return {"apr": apr.__version__, "python": platform.python_version(), "numpy": version("numpy"),
-            "tokenizers": version("tokenizers")}
+            "tokenizers": version("tokenizers"), **device_versions(device)}

@@ -4,8 +4,8 @@ The curves are upstream's: training loss falls by a hundredth of the target per 
 epoch. Every event of such a run says so: its `start` has `synthetic: true`.
 """
 
+from apr.train.base import StepStats
 from apr.train.pretrain import EpochArtifact, LoopState
-from apr.train.trainer import StepStats
 
 
 class SyntheticRun:

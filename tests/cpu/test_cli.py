@@ -1,6 +1,7 @@
 """The command line as a person or a script meets it: streams, exit codes, JSON, devices, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ from apr.cli.main import COMMANDS
 
 
 def apr(*arguments, env=None, **options):
-    """Run the command; returns (exit code, stdout, stderr)."""
+    """Run the command where no GPU can be seen; returns (exit code, stdout, stderr)."""
+    env = {**(os.environ if env is None else env), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "apr", *map(str, arguments)], capture_output=True, text=True,
                           timeout=120, env=env, **options)
     assert "Traceback" not in done.stderr

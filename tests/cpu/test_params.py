@@ -1,6 +1,7 @@
 """The parameter table: layout in flat memory, decay groups, initial values."""
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -31,9 +32,12 @@ def test_layout_is_aligned_and_does_not_overlap(config):
     lay = layout(config)
     position = 0
     for spec, offset in zip(lay.specs, lay.offsets, strict=True):
-        assert offset % ALIGNMENT == 0
+        assert offset % ALIGNMENT == 0 or spec.name.split(".")[-2] in ("k_proj", "v_proj", "up_proj"), spec.name
         assert position <= offset < position + ALIGNMENT, f"{spec.name} overlaps or leaves a hole"
-        position = offset + spec.size
+        padded = spec.name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert spec.room == (config.Vp * spec.shape[1] if padded else spec.size)
+        assert lay.offset(spec.name) == offset
+        position = offset + spec.room
     assert position <= lay.size < position + ALIGNMENT and lay.size % ALIGNMENT == 0
     assert [s.name for s in lay.specs] == [s.name for s in param_specs(config)]
 
@@ -49,16 +53,19 @@ def test_matrices_are_decayed_norms_and_biases_are_not(config):
     assert lay.decay_end % ALIGNMENT == 0
 
 
-@pytest.mark.parametrize("name", ["qwen2_0_5b", "qwen3_0_6b", "llama_370m"])
-def test_what_is_multiplied_together_lies_together(name):
-    lay = layout(preset(name))
-    place = {spec.name: i for i, spec in enumerate(lay.specs)}
-    for i in range(preset(name).L):
+@pytest.mark.parametrize("config", [preset("qwen2_0_5b"), preset("qwen3_0_6b"), preset("llama_370m"),
+                                    small("qwen2_0_5b", hidden_size=37)], ids=["qwen2", "qwen3", "llama", "odd"])
+def test_what_is_multiplied_together_lies_together(config):
+    lay = layout(config)
+    for i in range(config.L):
         attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        for group in ([attn + f"{p}_proj.weight" for p in "qkv"], [mlp + "gate_proj.weight", mlp + "up_proj.weight"]):
-            assert [place[g] - place[group[0]] for g in group] == list(range(len(group)))
-            for left in group[:-1]:  # without a gap, so that the merged matrix is a view
-                assert lay.specs[place[left]].size % ALIGNMENT == 0
+        biases = [[attn + f"{p}_proj.bias" for p in "qkv"]] if config.use_bias else []
+        sizes = {spec.name: spec.size for spec in lay.specs}
+        for group in ([attn + f"{p}_proj.weight" for p in "qkv"], [mlp + "gate_proj.weight", mlp + "up_proj.weight"],
+                      *biases):  # without a gap, so that the merged matrix is a view
+            for left, right in pairwise(group):
+                assert lay.offset(right) == lay.offset(left) + sizes[left]
+            assert lay.offset(group[0]) % ALIGNMENT == 0
 
 
 def test_views_are_the_flat_memory():

@@ -6,10 +6,10 @@ import pytest
 from models import train_config
 
 from apr.errors import GateError, Stopped
+from apr.train.base import StepStats
 from apr.train.pretrain import LoopConfig, LoopState, PretrainLoop
 from apr.train.schedule import lr_at
 from apr.train.synthetic import SyntheticRun
-from apr.train.trainer import StepStats
 
 VOCAB = 1000
 

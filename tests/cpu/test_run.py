@@ -84,7 +84,7 @@ def test_stop_at_k_and_resume(folder, whole, tmp_path, k):
     with pytest.raises(Stopped) as stopped:
         pretrain(config, run_dir, "cpu", [stop_at(k, number)])
     assert stopped.value.exit_code == 75 and checkpoint.latest(run_dir / "ckpt", print).state["step"] == k
-    resume(read_run(run_dir), run_dir, [], print)
+    resume(read_run(run_dir), run_dir, "cpu", [], print)
     assert without_stop(end_state(run_dir)) == end_state(whole)
 
 
@@ -102,7 +102,7 @@ def test_stop_in_mid_accumulation(folder, whole, tmp_path, monkeypatch):
         pretrain(build_config(arguments(folder)), tmp_path / "run", "cpu", [])
     monkeypatch.undo()
     assert checkpoint.latest(tmp_path / "run" / "ckpt", print).state["step"] == 11
-    resume(read_run(tmp_path / "run"), tmp_path / "run", [], print)
+    resume(read_run(tmp_path / "run"), tmp_path / "run", "cpu", [], print)
     assert without_stop(end_state(tmp_path / "run")) == end_state(whole)
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(folder, whole,
     newest = run_dir / "ckpt" / "step-00000012" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
     warnings = []
-    resume(read_run(run_dir), run_dir, [], warnings.append)
+    resume(read_run(run_dir), run_dir, "cpu", [], warnings.append)
     assert len(warnings) == 1 and "step-00000012" in warnings[0]
     assert end_state(run_dir) == end_state(whole)
 
@@ -160,7 +160,7 @@ def test_resuming_refuses_other_flags_other_data_and_no_run(folder, tmp_path):
     (folder / "texts" / "zzz.txt").write_text("one more text that was not there before")
     try:
         with pytest.raises(ConfigError, match="tokens that the run began with"):
-            resume(config, run_dir, [], print)
+            resume(config, run_dir, "cpu", [], print)
     finally:
         (folder / "texts" / "zzz.txt").unlink()
 
@@ -172,7 +172,7 @@ def test_two_writers_of_one_directory(folder, tmp_path):
     try:
         wait_for_step(run_dir, 2)
         with pytest.raises(ConfigError, match="pid"):
-            resume(read_run(run_dir), run_dir, [], print)
+            resume(read_run(run_dir), run_dir, "cpu", [], print)
     finally:
         child.kill()
         child.wait()
@@ -203,7 +203,7 @@ def test_a_failed_save_is_exit_7_and_keeps_the_checkpoint_before(folder, tmp_pat
         pretrain(build_config(arguments(folder)), run_dir, "cpu", [])
     monkeypatch.undo()
     assert checkpoint.latest(run_dir / "ckpt", print).state["step"] == 8
-    assert resume(read_run(run_dir), run_dir, [], print)["status"] == "OK"
+    assert resume(read_run(run_dir), run_dir, "cpu", [], print)["status"] == "OK"
 
 
 def test_data_that_end_end_the_run(folder, tmp_path):

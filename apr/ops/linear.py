@@ -1,0 +1,47 @@
+"""Matrix products with a weight stored [out, in], and their bias: apr/gemm.py and kernels/linear.cu."""
+
+from typing import Any
+
+import numpy as np
+
+from apr.device import Device
+from apr.gemm import Gemm
+from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
+
+BAKED = ("FLOATX", "O")
+BIAS_FORWARD = KernelSpec("linear.cu", "bias_forward", BAKED, ("out:floatX*", "bias:const floatX*", "N:i32"))
+BIAS_BACKWARD = KernelSpec("linear.cu", "bias_backward", BAKED, ("partial:f32*", "dout:const floatX*", "N:i32"))
+BIAS_SUM_BACKWARD = KernelSpec("linear.cu", "bias_sum_backward", BAKED,
+                               ("dbias:f32*", "partial:const f32*", "parts:i32"))
+SPECS = (BIAS_FORWARD, BIAS_BACKWARD, BIAS_SUM_BACKWARD)
+
+
+def linear_baked(width: int, storage: str) -> Baked:
+    """The baked values of the bias kernels."""
+    return {"FLOATX": storage, "O": width}
+
+
+def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any) -> None:
+    """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
+    gemm.linear(out, inp, weight)
+
+
+def bias_forward(dev: Device, out: Any, bias: Any) -> None:
+    """out (N, O) += bias (O,), in place."""
+    n, o = out.shape
+    grid = blocks(n * o // vector_width(o, out.itemsize), 256)
+    dev.launch(BIAS_FORWARD, linear_baked(o, floatx(out)), (grid,), (256,), (out, bias, np.int32(n)))
+
+
+def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any) -> None:
+    """Gradient of linear_forward: dinp (N, I) =, dweight (O, I) f32 +=; dout (N, O), inp, weight as in forward."""
+    gemm.linear_dinp(dinp, dout, weight)
+    gemm.linear_dweight(dweight, dout, inp)
+
+
+def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:
+    """Gradient of bias_forward: dbias (O,) f32 += column sums of dout (N, O); partial (PARTS, O) f32 is scratch."""
+    (n, o), parts = dout.shape, partial.shape[0]
+    baked = linear_baked(o, floatx(dout))
+    dev.launch(BIAS_BACKWARD, baked, (parts,), (128,), (partial, dout, np.int32(n)))
+    dev.launch(BIAS_SUM_BACKWARD, baked, (blocks(o, 32),), (32, 8), (dbias, partial, np.int32(parts)))

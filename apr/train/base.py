@@ -1,0 +1,147 @@
+"""What the NumPy trainer and the GPU trainer have in common: names, hashes, saving; and what a step reports."""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apr.config import TransformerConfig, TransformerTrainConfig, require
+from apr.data.batch import LMBatch
+from apr.data.tokenizer import Tokenizer
+from apr.errors import ShapeError
+from apr.formats.model_file import check_coverage, save_model
+from apr.params import layout
+from apr.train.schedule import lr_at
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step did: mean loss in nats per token, gradient norm before clipping, the learning rate that was applied,
+    the targets that counted, and whether the update was applied (not when loss or norm is not finite, or no target
+    counts).
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    applied: bool
+
+
+class Trainer(ABC):
+    """A trainer of a decoder. `step` counts the updates applied; arrays go by their Hugging Face names.
+
+    Raises ConfigError when the sequence is longer than the model's positions.
+    """
+
+    def __init__(self, model: TransformerConfig, config: TransformerTrainConfig) -> None:
+        require("max_seq_len", config.max_seq_len, f"at most max_position_embeddings ({model.max_position_embeddings})",
+                config.max_seq_len <= model.max_position_embeddings)
+        self.model, self.config, self.layout = model, config, layout(model)
+        self.step = 0
+        self.last_stats: StepStats | None = None
+
+    def train_batch(self, batch: LMBatch | Sequence[LMBatch], lr: float | None = None) -> float:
+        """One optimizer step on a batch, or on several micro-batches; returns the mean loss in nats per token.
+
+        `lr` None means the schedule's at `step`. With no counted target, or a loss or norm that is not finite, nothing
+        is applied; `last_stats` says so and the loss is returned as it is (NaN for no target).
+        """
+        micro = [batch] if isinstance(batch, LMBatch) else list(batch)
+        tokens = sum(b.num_tokens for b in micro)
+        applied_lr = lr_at(self.config, self.step) if lr is None else lr
+        if tokens == 0:
+            self.last_stats = StepStats(math.nan, 0.0, applied_lr, 0, False)
+            return math.nan
+        total, norm, applied = self._step(micro, 1.0 / tokens, applied_lr)
+        self.step += applied
+        self.last_stats = StepStats(total / tokens, norm, applied_lr, tokens, applied)
+        return total / tokens
+
+    @abstractmethod
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
+        """Gradients of dloss times the sum of the losses, and the update if loss and norm are finite.
+
+        Returns the sum of losses, the gradient norm and whether the update was applied.
+        """
+
+    def eval_batch(self, batch: LMBatch) -> float:
+        """Mean loss in nats per counted target; changes nothing, reads nothing that training left."""
+        return self.eval_batches([batch])
+
+    def eval_batches(self, batches: Sequence[LMBatch]) -> float:
+        """Mean loss over all counted targets of several batches, no mean of means. Raises ShapeError if none."""
+        tokens = sum(b.num_tokens for b in batches)
+        if tokens == 0:
+            raise ShapeError("eval_batches", "at least one counted target", "none", "give other data")
+        return self._loss_sum(batches) / tokens
+
+    @abstractmethod
+    def _loss_sum(self, batches: Sequence[LMBatch]) -> float:
+        """The sum of the losses of all batches, in nats."""
+
+    @abstractmethod
+    def forward_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Scores (B, T, V) float32 of every position for ids (B, T) int."""
+
+    @property
+    @abstractmethod
+    def params(self) -> dict[str, np.ndarray]:
+        """The parameters, float32, on the host: views of the CPU trainer's own, copies of a GPU's."""
+
+    @abstractmethod
+    def load_params(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace every parameter by the array of its name."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """m and v by name (`m.<param>`, `v.<param>`), float32, on the host."""
+
+    @abstractmethod
+    def load_optimizer(self, arrays: Mapping[str, np.ndarray], step: int) -> None:
+        """Go on from an optimizer state as optimizer_state gives it, after `step` updates."""
+
+    @property
+    def last_grad_norm(self) -> float:
+        """L2 norm of the last step's whole gradient, before clipping. Raises ShapeError before the first step."""
+        if self.last_stats is None:
+            raise ShapeError("last_grad_norm", "a step", "none yet", "call train_batch first")
+        return self.last_stats.grad_norm
+
+    def record(self) -> dict[str, Any]:
+        """What besides weights and optimizer decides the bits of the steps to come; checkpoints keep it."""
+        return {}
+
+    def optimizer_state_sha256(self) -> str:
+        """SHA-256 of the step count, then every m, then every v, in the order and with the names of the layout."""
+        return _sha256(self.optimizer_state(), self.step)
+
+    def parameters_sha256(self) -> str:
+        """SHA-256 of every parameter, in the order and with the names of the layout."""
+        return _sha256(self.params, 0)
+
+    def save_apr(self, path: Path) -> None:
+        """The model as an .apr file. Raises StorageError."""
+        save_model(path, self.model, self.params, f"{self.model.hf_model_type}-pretrain")
+
+    def save_apr_with_tokenizer(self, path: Path, tokenizer: Tokenizer) -> None:
+        """The model and its tokenizer as an .apr file. Raises StorageError."""
+        save_model(path, self.model, self.params, f"{self.model.hf_model_type}-pretrain", tokenizer.json,
+                   tokenizer.eos_id)
+
+    def _load_checked(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """load_params of weights from outside. Raises FormatError unless they are exactly the model's."""
+        self.load_params(check_coverage(self.model, dict(arrays), "weights"))
+
+
+def _sha256(arrays: dict[str, np.ndarray], step: int) -> str:
+    digest = hashlib.sha256(step.to_bytes(8, "little"))
+    for name, array in arrays.items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""CudaTransformerTrainer: the same training on a GPU, with every buffer there from the first step to the last.
+
+A step sends token ids, targets, their sorted order and two numbers; reads back four; and waits once. A micro-batch's
+forward and backward is one CUDA graph and the update another: the first batch of a shape runs kernel by kernel, which
+loads everything that loads lazily, the second is recorded, and from then on it is launched. Nothing is allocated or
+compiled in a step.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from apr.arena import Arena
+from apr.block import Batch
+from apr.buffers import STORAGE, plan
+from apr.config import IGNORE, TransformerConfig, TransformerTrainConfig
+from apr.data.batch import LMBatch
+from apr.device import Device
+from apr.errors import ShapeError
+from apr.gemm import Gemm
+from apr.model import Model
+from apr.ops.adamw import adamw_round, adamw_update
+from apr.ops.embedding import sort_ids
+from apr.ops.global_norm import global_norm
+from apr.params import init_params
+from apr.registry import variants, warmup
+from apr.taps import Tap
+from apr.train.base import Trainer
+
+
+class CudaTransformerTrainer(Trainer):
+    """Trains a decoder on a GPU, in bf16 with float32 master weights or in float32 throughout (config.precision).
+
+    `device`: a Device, or None for the first GPU. `graphs` False launches every kernel by itself; `poison` fills every
+    buffer with NaN before a pass that must write it first. `chosen`: algorithms of matrix products that a checkpoint
+    recorded. Raises UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit, ConfigError and
+    UnavailableError for a model that the kernels do not cover.
+    """
+
+    def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
+                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, str] | None = None) -> None:
+        super().__init__(model, config)
+        self.storage = STORAGE[config.precision]
+        self.dev = device or Device()
+        variants(model, self.storage)  # what the kernels do not cover is refused before anything is allocated
+        self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
+        warmup(self.dev.cache, model, self.storage)
+        self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
+        self.net = Model(self.dev, self.gemm, self.arena, model)
+        self.graphs, self.poison = graphs, poison
+        self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
+
+    @classmethod
+    def new(cls, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None,
+            **options: Any) -> "CudaTransformerTrainer":
+        """A trainer with random weights, a pure function of config.seed: the CPU trainer's."""
+        trainer = cls(model, config, device, **options)
+        flat = np.zeros(trainer.layout.size, np.float32)
+        init_params(model, config.seed, trainer.layout.views(flat))
+        trainer._load_flat(flat)
+        return trainer
+
+    @classmethod
+    def with_model(cls, model: TransformerConfig, arrays: dict[str, np.ndarray], config: TransformerTrainConfig,
+                   device: Device | None = None, **options: Any) -> "CudaTransformerTrainer":
+        """A trainer with given weights and fresh optimizer. Raises FormatError unless they are exactly the model's."""
+        trainer = cls(model, config, device, **options)
+        trainer._load_checked(arrays)
+        return trainer
+
+    @property
+    def params(self) -> dict[str, np.ndarray]:
+        """The master weights by name, float32, copied to the host."""
+        return self.layout.views(self.dev.download(self.arena["master"]))
+
+    @property
+    def grads(self) -> dict[str, np.ndarray]:
+        """The last step's gradients by name, float32, copied to the host."""
+        return self.layout.views(self.dev.download(self.arena["grads"]))
+
+    def load_params(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace every parameter by the array of its name."""
+        flat = np.zeros(self.layout.size, np.float32)
+        for name, view in self.layout.views(flat).items():
+            view[...] = arrays[name]
+        self._load_flat(flat)
+
+    def _load_flat(self, flat: np.ndarray) -> None:
+        self.dev.upload(self.arena["master"], flat)
+        if self.storage == "bf16":
+            adamw_round(self.dev, self.arena["params"], self.arena["master"])
+        self.dev.synchronize()
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """m and v by name (`m.<param>`, `v.<param>`), copied to the host."""
+        return {f"{kind}.{name}": view for kind in "mv"
+                for name, view in self.layout.views(self.dev.download(self.arena[kind])).items()}
+
+    def load_optimizer(self, arrays: Mapping[str, np.ndarray], step: int) -> None:
+        """Go on from an optimizer state as optimizer_state gives it, after `step` updates."""
+        for kind in "mv":
+            flat = np.zeros(self.layout.size, np.float32)
+            for name, view in self.layout.views(flat).items():
+                view[...] = arrays[f"{kind}.{name}"]
+            self.dev.upload(self.arena[kind], flat)
+        self.dev.upload(self.arena["stats"], np.array([0, 0, 0, step], np.float64))
+        self.dev.synchronize()
+        self.step = step
+
+    def record(self) -> dict[str, Any]:
+        """The algorithms of the matrix products."""
+        return {"gemm": dict(self.gemm.choices)}
+
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
+        dev, arena = self.dev, self.arena
+        dev.upload(arena["step"], np.array([dloss, lr]))
+        dev.fill(arena["grads"], 0)
+        dev.fill(arena["stats"][:1], 0)
+        for batch in micro:
+            for part in self._fitting(batch):
+                self._pass("train", part, self._train_pass)
+        self._run(("update",), self._update)
+        total, norm, applied, _ = dev.download(arena["stats"])
+        return float(total), float(norm), bool(applied)
+
+    def _train_pass(self, b: Batch) -> None:
+        self.net.forward(b)
+        self.net.losses_and_gradients(b)
+
+    def _eval_pass(self, b: Batch) -> None:
+        self.net.forward(b)
+        self.net.losses(b)
+
+    def _update(self) -> None:
+        a, c = self.arena, self.config
+        global_norm(self.dev, a["stats"][1:2], a["norm_partial"], a["grads"], self.storage)
+        adamw_update(self.dev, a["master"], a["m"], a["v"], a["params"] if self.storage == "bf16" else None, a["grads"],
+                     a["factors"], a["stats"], a["step"], self.layout.decay_end, c, self.storage)
+
+    def _loss_sum(self, batches: Sequence[LMBatch]) -> float:
+        self.dev.fill(self.arena["stats"][:1], 0)
+        for batch in batches:
+            for part in self._fitting(batch):
+                self._pass("eval", part, self._eval_pass)
+        return float(self.dev.download(self.arena["stats"])[0])
+
+    def forward_logits(self, ids: np.ndarray, tap: Tap | None = None) -> np.ndarray:
+        """Scores (B, T, V) float32 of every position for ids (B, T) int; T at most max_seq_len. `tap` sees the passes.
+        """
+        out = []
+        for part in self._fitting(LMBatch(ids, np.full(ids.shape, IGNORE, np.int32))):
+            b = self._load(part, tap)
+            self.net.forward(b)
+            out.append(self.net.logits(b))
+            if tap is not None:
+                tap("logits", out[-1])
+        return np.concatenate(out)
+
+    def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
+        """The sum of the losses; `grads` is the gradient of dloss times it, and nothing is updated. For comparisons."""
+        dev, arena = self.dev, self.arena
+        dev.upload(arena["step"], np.array([dloss, 0.0]))
+        dev.fill(arena["grads"], 0)
+        dev.fill(arena["stats"][:1], 0)
+        for part in self._fitting(batch):
+            self._train_pass(self._load(part, tap))
+        return float(dev.download(arena["stats"])[0])
+
+    def _fitting(self, batch: LMBatch) -> list[LMBatch]:
+        """The batch in parts of at most the planned sequences. Raises ShapeError for longer ones, or bad ids."""
+        p, v = self.arena.plan, self.model.V
+        if not 1 <= batch.seq_len <= p.T:
+            raise ShapeError("batch", f"sequences of 1 to {p.T} tokens, as planned", str(batch.seq_len),
+                             "make the trainer with a larger max_seq_len")
+        for name, ids, ignored in (("inputs", batch.inputs, None), ("targets", batch.targets, IGNORE)):
+            bad = (ids < 0) | (ids >= v)
+            if ignored is not None:
+                bad &= ids != ignored
+            if bool(bad.any()):
+                raise ShapeError(f"batch {name}", f"token ids in [0, {v})", str(int(ids[bad][0])), "check the data")
+        return [LMBatch(batch.inputs[i:i + p.B], batch.targets[i:i + p.B]) for i in range(0, batch.batch_size, p.B)]
+
+    def _load(self, part: LMBatch, tap: Tap | None = None) -> Batch:
+        """The batch on the GPU."""
+        b = self.net.batch(part.batch_size, part.seq_len, tap)
+        ids = np.ascontiguousarray(part.inputs, np.int32).reshape(-1)
+        order, runs = sort_ids(ids)
+        for name, values in (("ids", ids), ("targets", np.asarray(part.targets, np.int32)), ("order", order),
+                             ("runs", runs)):
+            self.dev.upload(self.arena.rows(name, (values.size,)), values)
+        if self.poison:
+            self.arena.poison()
+        return b
+
+    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None]) -> None:
+        b = self._load(part)
+        self._run((kind, b.B, b.T), lambda: work(b))
+
+    def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
+        """Kernel by kernel the first time, recorded the second, launched as a graph from then on."""
+        if not self.graphs or key not in self._seen:
+            self._seen.setdefault(key, None)
+            work()
+            return
+        if self._seen[key] is None:
+            recorded: list[Any] = []
+            with self.dev.capture(recorded):
+                work()
+            self._seen[key] = recorded[0]
+        self.dev.replay(self._seen[key], f"graph of {' '.join(map(str, key))}")
+
