@@ -7,6 +7,7 @@ merged product is a view; a matrix of V rows has room for Vp, so that the padded
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ from apr.rng import generator
 
 ALIGNMENT = 64  # elements; 256 bytes of float32, what vector loads and TMA want
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+INIT_THREADS = 8
 VOCABULARY = (EMBED, HEAD)  # the matrices of V rows
 GLUED = re.compile(r"\.(k_proj|v_proj|up_proj)\.\w+$")  # these begin where their neighbour ends, aligned or not
 
@@ -110,11 +112,15 @@ def layout(config: TransformerConfig) -> Layout:
 def init_params(config: TransformerConfig, seed: int, out: dict[str, np.ndarray]) -> None:
     """Write initial values into `out`: normal(0, 0.02) for matrices, 1 for norms, 0 for biases.
 
-    Each tensor's stream is keyed by (seed, name), so a tensor's values do not depend on which others exist.
+    Each tensor's stream is keyed by (seed, name), so a tensor's values do not depend on which others exist, nor on how
+    many threads make them.
     """
-    for spec in param_specs(config):
+    def fill(spec: ParamSpec) -> None:
         if spec.init == "normal":
             noise = generator(seed, "init", spec.name).standard_normal(spec.shape, dtype=np.float32)
-            out[spec.name][...] = noise * np.float32(0.02)
+            np.multiply(noise, np.float32(0.02), out=out[spec.name])
         else:
             out[spec.name][...] = 1.0 if spec.init == "ones" else 0.0
+
+    with ThreadPoolExecutor(INIT_THREADS) as pool:
+        list(pool.map(fill, param_specs(config)))
