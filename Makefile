@@ -32,5 +32,9 @@ check: setup     ## style and types: seconds, before every commit
 bench: setup     ## the demo model's training rate (beside PyTorch where PEER_PYTHON names an interpreter that has it)
 	$(BIN)/python benchmarks/bench_train_cpu.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 
+.PHONY: bench-gpu
+bench-gpu: setup ## every kernel's time on a GPU, beside PyTorch where .venv has it; rows go to benchmarks/results
+	$(BIN)/python benchmarks/bench_all.py
+
 clean:           ## remove what the targets made, runs excepted
 	rm -rf .venv build dist *.egg-info

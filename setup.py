@@ -54,7 +54,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["apr", "apr.*"]), "apr.kernels", "apr.contracts"],
     package_dir={"apr.kernels": "kernels", "apr.contracts": "contracts"},
-    package_data={"apr": ["py.typed"], "apr.kernels": ["*.cu", "*.cuh"], "apr.contracts": ["*.yaml"]},
+    package_data={"apr": ["py.typed", "gemm_tables/*.json"], "apr.kernels": ["*.cu", "*.cuh"], "apr.contracts": ["*.yaml"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["apr=apr.cli.main:main"]},

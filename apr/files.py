@@ -8,7 +8,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 import stat
+import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -75,6 +78,17 @@ def sha256_file(path: Path) -> str:
         while part := f.read(CHUNK):
             digest.update(part)
         return digest.hexdigest()
+
+
+class PrivateFolder:
+    """A new temporary folder, mode 0700, that is removed when this object or the process goes; `name` is its path.
+
+    Unlike tempfile.TemporaryDirectory it may simply be let go: it is no mistake to keep one as long as its owner.
+    """
+
+    def __init__(self, prefix: str, dir: Path | str | None = None) -> None:
+        self.name = tempfile.mkdtemp(prefix=prefix, dir=dir)
+        self.remove = weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
 
 
 def fsync_dir(path: Path) -> None:

@@ -105,19 +105,20 @@ class Gemm:
     def linear(self, out: Any, inp: Any, weight: Any) -> None:
         """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
         (n, i), o = inp.shape, weight.shape[0]
-        self._multiply(out, weight, inp, Shape(o, n, i, True, False, _kind(inp), _kind(out)), 0.0)
+        self.multiply(out, weight, inp, Shape(o, n, i, True, False, _kind(inp), _kind(out)), 0.0)
 
     def linear_dinp(self, dinp: Any, dout: Any, weight: Any) -> None:
         """dinp (N, I) = dout (N, O) · weight (O, I); all of one storage type."""
         (n, o), i = dout.shape, weight.shape[1]
-        self._multiply(dinp, weight, dout, Shape(i, n, o, False, False, _kind(dout), _kind(dinp)), 0.0)
+        self.multiply(dinp, weight, dout, Shape(i, n, o, False, False, _kind(dout), _kind(dinp)), 0.0)
 
     def linear_dweight(self, dweight: Any, dout: Any, inp: Any) -> None:
         """dweight (O, I) f32 += doutᵀ · inp; dout (N, O), inp (N, I) of one storage type."""
         (n, o), i = dout.shape, inp.shape[1]
-        self._multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0)
+        self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0)
 
-    def _multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float) -> None:
+    def multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float) -> None:
+        """A product as the library sees it: out = op(a) op(b) + beta out."""
         product = self.products.get((shape, beta)) or self._prepare(shape, beta)
         la, lb, ld = product.layouts
         to = _pointer(out)
@@ -166,17 +167,21 @@ class Gemm:
         if found[0] == 0:
             raise KernelError(f"matrix product {name}", "an algorithm of cuBLASLt", "none",
                               "use other sizes: multiples of 8 always have one")
-        return [results[i].algo for i in range(found[0])]
+        return [results[i].algo for i in range(found[0]) if results[i].state == 0]
 
     def tune(self, shape: Shape, beta: float, run: Any) -> list[tuple[float, str]]:
-        """Milliseconds and algorithm of each candidate, quickest first; `run(algo)` times one product with it."""
+        """Milliseconds and algorithm of each candidate, the library's first one first; `run()` times the product."""
         desc, layouts = self._describe(shape)
         timed = []
         for candidate in self.candidates(desc, layouts, shape.name(beta), CANDIDATES):
             algo = _ffi.new("algo_t *", candidate)
             self.products[shape, beta] = Product(desc, layouts, algo, shape.name(beta))
-            timed.append((run(), bytes(_ffi.buffer(algo, ALGO_BYTES)).hex()))
-        return sorted(timed)
+            try:
+                timed.append((run(), bytes(_ffi.buffer(algo, ALGO_BYTES)).hex()))
+            except KernelError:
+                continue  # a candidate that the library lists, and then does not support
+        del self.products[shape, beta]
+        return timed
 
     def _made(self, function: str, *arguments: Any) -> Any:
         out = _ffi.new("void **")

@@ -15,8 +15,9 @@ from apr import driver
 from apr.errors import DeviceFault, KernelParamError, LaunchError
 
 # Device types by the name that sources use. bf16 travels as uint16: its bits, which no arithmetic of CuPy may touch.
-DEVICE_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "i32": np.dtype(np.int32),
-                 "f64": np.dtype(np.float64), "i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
+DEVICE_DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "i32": np.dtype(np.int32), "f64": np.dtype(np.float64),
+    "i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
 FLOATX = ("f32", "bf16")
 ARGUMENT = re.compile(r"(\w+):(const )?(floatX|f32|bf16|i32|i64|f64|u8)(\*\??)?")
 BakedValue = int | float | str
@@ -37,6 +38,8 @@ class KernelSpec:
     args: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if not self.source.endswith(".cu"):  # keys have its stem
+            raise KernelParamError(f"{self.source} {self.entry}", "a .cu file", self.source, "correct the spec")
         for arg in self.args:
             if not ARGUMENT.fullmatch(arg):
                 raise KernelParamError(f"{self.source} {self.entry}", "arguments like 'out:floatX*' or 'N:i32'", arg,
@@ -56,12 +59,12 @@ def spell(where: str, value: BakedValue) -> tuple[str, str]:
     """A baked value as (its place in the key, its text in the source).
 
     An integer is itself; a float the hex of its 32 bits, and in the source an exact hexadecimal literal; a type its
-    name. Raises KernelParamError for anything else, a float that is not finite, or one that overflows 32 bits.
+    name. Raises KernelParamError for anything else (True is not 1), a float that is not finite, or that overflows.
     """
     if isinstance(value, str) and value in FLOATX:
         return value, value
-    if isinstance(value, (bool, int)) and -(2**31) <= value < 2**31:
-        return str(int(value)), str(int(value))
+    if type(value) is int and -(2**31) <= value < 2**31:
+        return str(value), str(value)
     if isinstance(value, float):
         with np.errstate(over="ignore"):
             single = np.float32(value)
@@ -93,7 +96,7 @@ class Kernel:
         if shared > self.shared:
             driver.set_dynamic_shared(self.function, shared)
             self.shared = shared
-        code = driver.launch(self.function, _three(grid), _three(block), shared, stream, values)
+        code = driver.launch(self.function, _three(self.key, grid), _three(self.key, block), shared, stream, values)
         if code != 0:
             what = f"kernel {self.key}, grid {tuple(grid)}, block {tuple(block)}, {shared} bytes shared"
             name = driver.error_name(code)
@@ -102,7 +105,9 @@ class Kernel:
             raise LaunchError(what, "a launch that the driver takes", name, "correct the launch")
 
 
-def _three(size: Sequence[int]) -> tuple[int, int, int]:
+def _three(key: str, size: Sequence[int]) -> tuple[int, int, int]:
+    if not 1 <= len(size) <= 3:
+        raise LaunchError(key, "a grid and a block of 1 to 3 numbers", str(tuple(size)), "correct the launch")
     x, y, z = (*size, 1, 1)[:3]
     return x, y, z
 

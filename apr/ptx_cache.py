@@ -4,7 +4,7 @@ One dictionary of baked values makes both the #define lines and the key, so noth
 reaching the key. Our headers are expanded into the text, CUDA's are not used, so the text is all that is compiled.
 
     key    rmsnorm-BLOCK=128-C=896-EPS=f358637bd-FLOATX=bf16-sm_90a-<SHA-256>
-    SHA-256 over schema, readable part, expanded source, options, NVRTC's version and library, CuPy's version
+    SHA-256 over schema, readable part, expanded source, arch, options, NVRTC's build, CuPy's version
 
 CuPy's own cache of sources is not used: its key leaves out headers, its hash is not bound to the key, and it flushes
 denormals whatever it is told (docs/numerics.md). What is loaded is a RawModule of the verified bytes.
@@ -13,7 +13,6 @@ denormals whatever it is told (docs/numerics.md). What is loaded is a RawModule 
 import hashlib
 import json
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from apr import driver, paths
-from apr.errors import KernelCacheFrozen, KernelCompileError, KernelError, KernelParamError
+from apr.errors import AprError, KernelCacheFrozen, KernelCompileError, KernelError, KernelParamError
+from apr.files import PrivateFolder
 from apr.kernel import Baked, Kernel, KernelSpec, spell
 from apr.ptx_store import Entry, PtxStore
 
@@ -31,12 +31,15 @@ SCHEMA = 1
 # Every option that changes code is here and in the key. No fast math: the truth is NumPy's.
 OPTIONS = ("--std=c++17", "--ftz=false", "--fmad=true", "--prec-div=true", "--prec-sqrt=true", "--ptxas-options=-v")
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[^\n]*$', re.M)
-FOREIGN = re.compile(r"^[ \t]*#[ \t]*include[ \t]+<([^>]+)>", re.M)
-BAKED_NAME = re.compile(r"\bK_([A-Z0-9_]+)\b")
+SPLICE = re.compile(r"\\[ \t]*\n")
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+BAKED_NAME = re.compile(r"\bK_(\w+)")
+# What would bring in bytes that the key does not see, or a value of its own for a baked name.
+UNSEEN = re.compile(r"^[ \t]*(?:#|%:)[ \t]*(?:include|import|embed)[^\n]*|__has_include\w*|__DATE__|__TIME__"
+                    r"|__TIMESTAMP__|^[ \t]*(?:#|%:)[ \t]*(?:define|undef)[ \t]+K_\w+", re.M)
+BUILD = re.compile(r"Compiler Build ID: (\S+).*? V([\d.]+)", re.S)
 USAGE = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-                   r"(\d+) bytes spill loads.*?Used (\d+) registers(?:, used \d+ barriers)?(?:, (\d+) bytes smem)?",
-                   re.S)
+                   r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?", re.S)
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -55,33 +58,38 @@ class Counts:
     warnings: list[str] = field(default_factory=list)
 
 
-def expand(name: str, folder: Path, seen: tuple[str, ...] = ()) -> str:
+def expand(name: str, folder: Path, done: set[str] | None = None) -> str:
     """The source with every #include "…" replaced by that file's text, once each.
 
-    Raises KernelCompileError for a header that is missing or outside the folder, and for #include <…>: nothing that the
-    key does not see may reach the compiler.
+    Raises KernelCompileError for a header that is missing or outside the folder.
     """
-    path = folder / name
+    path, done = folder / name, done if done is not None else set()
     if Path(name).name != name or not path.is_file():
         raise KernelCompileError(f"kernels/{name}", "a file of the kernels folder", "nothing there", "correct the name")
-    text = path.read_text(encoding="utf-8")
-    if foreign := FOREIGN.search(text):
-        raise KernelCompileError(f"kernels/{name}", "only our own headers, which the key covers",
-                                 f"#include <{foreign[1]}>", "write what is needed into common.cuh")
-    done = [*seen, name]
+    done.add(name)
 
     def insert(match: re.Match[str]) -> str:
-        if match[1] in done:
-            return ""
-        done.append(match[1])
-        return expand(match[1], folder, tuple(done))
+        return "" if match[1] in done else expand(match[1], folder, done)
 
-    return INCLUDE.sub(insert, text)
+    return INCLUDE.sub(insert, path.read_text(encoding="utf-8"))
 
 
-def audit(name: str, text: str, baked: Iterable[str]) -> None:
-    """Demand that the K_ names of an expanded source are exactly the declared ones. Raises KernelParamError."""
-    used, declared = set(BAKED_NAME.findall(COMMENT.sub("", text))), set(baked)
+def baked_names(name: str, text: str) -> frozenset[str]:
+    """The K_ names that an expanded source uses, without their K_.
+
+    Raises KernelCompileError for a source that would see more than the key does: #include <…>, an #include that
+    `expand` could not read, the date; or that defines a baked name itself.
+    """
+    code = COMMENT.sub(" ", SPLICE.sub("", text))
+    if found := UNSEEN.search(code):
+        raise KernelCompileError(f"kernels/{name}", "our own headers and the baked values alone, which the key covers",
+                                 found[0].strip(), 'write what is needed into common.cuh, and bake what varies')
+    return frozenset(BAKED_NAME.findall(code))
+
+
+def audit(name: str, used: frozenset[str], baked: Iterable[str]) -> None:
+    """Demand that the K_ names of a source are exactly the declared ones. Raises KernelParamError."""
+    declared = set(baked)
     if used != declared:
         raise KernelParamError(f"kernels/{name}", "exactly the declared K_ names",
                                f"undeclared {sorted(used - declared)}, unused {sorted(declared - used)}",
@@ -102,7 +110,7 @@ class Recipe:
     text: str
     arch: str
     options: tuple[str, ...]
-    compiler: str  # NVRTC's version and library
+    compiler: str  # NVRTC's version and build
     cupy: str
 
     @property
@@ -126,25 +134,40 @@ def compile_text(text: str, where: str, arch: str, options: tuple[str, ...]) -> 
     """
     nvrtc = driver.import_cupy().cuda.nvrtc
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
-    failed = None
+    failed, image = "", b""
     try:
         try:
             nvrtc.compileProgram(program, (f"--gpu-architecture={arch}", *options))
+            image = nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)
         except nvrtc.NVRTCError as e:
             failed = str(e)
         log = nvrtc.getProgramLog(program)
-        complaint = re.search(r"kernel\.cu\((\d+)\): (?:error|warning)[^\n]*", log)
-        if failed or complaint or "warning" in log.lower():
-            line = text.splitlines()[int(complaint[1]) - 1].strip() if complaint else ""
-            raise KernelCompileError(where, f"a source that compiles for {arch} without a warning",
-                                     (complaint[0] if complaint else log[-400:] or failed or "") + f" at '{line}'",
-                                     "correct the source, or install an NVRTC that knows this architecture")
-        image = nvrtc.getCUBIN(program) if arch.startswith("sm_") else nvrtc.getPTX(program)
     finally:
         nvrtc.destroyProgram(program)
+    complaint = re.search(r"kernel\.cu\((\d+)\): (?:error|warning)[^\n]*", log)
+    if failed or complaint or "warning" in log.lower() or not image:
+        lines = ["", *text.split("\n")]
+        line = lines[int(complaint[1])].strip() if complaint and int(complaint[1]) < len(lines) else ""
+        found = f"{complaint[0]} at '{line}'" if complaint else log.strip()[-400:] or failed or "no code"
+        raise KernelCompileError(where, f"a source that compiles for {arch} without a warning", found,
+                                 "correct the source, or install an NVRTC that knows this architecture")
     usage = {m[1]: {"stack": int(m[2]), "spill_stores": int(m[3]), "spill_loads": int(m[4]), "registers": int(m[5]),
                     "shared": int(m[6] or 0)} for m in USAGE.finditer(log)}
     return image, usage
+
+
+def toolchain() -> tuple[str, str]:
+    """What compiles: NVRTC's version and build, as it says of itself in what it compiles, and CuPy's version."""
+    cupy = driver.import_cupy()
+    nvrtc = cupy.cuda.nvrtc
+    program = nvrtc.createProgram("", "nothing.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, ())
+        build = BUILD.search(bytes(nvrtc.getPTX(program)).decode())
+    finally:
+        nvrtc.destroyProgram(program)
+    version = ".".join(map(str, nvrtc.getVersion()))
+    return f"NVRTC {build[2]} {build[1]}" if build else f"NVRTC {version}", str(cupy.__version__)
 
 
 class PtxCache:
@@ -159,11 +182,14 @@ class PtxCache:
         self.counts, self.frozen, self.lock = Counts(), False, threading.Lock()
         self.warn_to = warn
         self.store = PtxStore(folder if folder is not None else paths.cache_dir(), self.warn, self._rejected)
-        self.texts: dict[str, str] = {}
-        self.modules: dict[str, tuple[str, Any]] = {}  # by label: (key, module)
+        self.loading = threading.RLock()  # one thread at a time loads what `get` has not got
+        self.texts: dict[str, tuple[str, frozenset[str]]] = {}  # by source: expanded, and the K_ names in it
+        self.entries: dict[str, Entry] = {}  # by label, read or compiled once
+        self.modules: dict[str, Any] = {}  # by label
         self.made: dict[tuple[str, str], Kernel] = {}  # by (label, entry)
+        self.fresh: set[str] = set()  # keys that were compiled here
         self.toolchain: tuple[str, str] | None = None
-        self.images: tempfile.TemporaryDirectory[str] | None = None
+        self.images: PrivateFolder | None = None
 
     def warn(self, text: str) -> None:
         """Say something once."""
@@ -183,17 +209,13 @@ class PtxCache:
         spec.check_baked(baked)
         if spec.source not in self.texts:
             text = expand(spec.source, self.kernels)
-            audit(spec.source, text, spec.baked)
-            self.texts[spec.source] = text
+            self.texts[spec.source] = text, baked_names(spec.source, text)
+        text, used = self.texts[spec.source]
+        audit(spec.source, used, spec.baked)
         if self.toolchain is None:
-            cupy = driver.import_cupy()
-            major, minor = cupy.cuda.nvrtc.getVersion()
-            library = Path(driver.loaded_libraries().get("libnvrtc", "unknown"))
-            size = library.stat().st_size if library.is_file() else 0
-            self.toolchain = f"NVRTC {major}.{minor}, {size} bytes", cupy.__version__
+            self.toolchain = toolchain()
         defines = "".join(f"#define K_{name} {spell(name, baked[name])[1]}\n" for name in sorted(baked))
-        return Recipe(readable(spec.source, baked, self.arch), defines + self.texts[spec.source], self.arch, OPTIONS,
-                      *self.toolchain)
+        return Recipe(readable(spec.source, baked, self.arch), defines + text, self.arch, OPTIONS, *self.toolchain)
 
     def build(self, spec: KernelSpec, baked: Baked) -> Entry:
         """The compiled module of a spec: from disk if it is there and sound, else compiled and put there.
@@ -202,6 +224,9 @@ class PtxCache:
         """
         recipe = self.recipe(spec, baked)
         entry = self.store.read(recipe.key)
+        if entry is not None and any(entry.meta.get(name) != value for name, value in recipe.manifest().items()):
+            self.store.refuse(recipe.key, "it says that it was made of something else")
+            entry = None
         if entry is not None:
             with self.lock:
                 self.counts.hits += 1
@@ -209,75 +234,82 @@ class PtxCache:
         if self.frozen:
             raise KernelCacheFrozen(recipe.key, "a kernel of the warm-up", "a new one",
                                     "add its variant to the registry")
+        return self._compile(recipe)
+
+    def _compile(self, recipe: Recipe) -> Entry:
         start = time.perf_counter()
         image, usage = compile_text(recipe.text, recipe.key, recipe.arch, recipe.options)
         meta = {**recipe.manifest(), "entries": usage, "milliseconds": round(1000 * (time.perf_counter() - start), 1)}
         entry = Entry(recipe.key, meta, image)
         with self.lock:
             self.counts.compiled += 1
+            self.fresh.add(recipe.key)
         self.store.write(entry)
         return entry
 
-    def warm(self, variants: Iterable[tuple[KernelSpec, Baked]], threads: int = 8) -> None:
+    def warm(self, variants: Iterable[tuple[KernelSpec, Baked]], threads: int = 8) -> list[Entry]:
         """Make sure that every variant is compiled, several at a time; a frozen cache thaws. Raises the first error."""
         self.frozen = False
-        todo = {readable(s.source, b, self.arch): (s, b) for s, b in variants}
-        for spec, baked in todo.values():
-            self.recipe(spec, baked)  # refuses wrong names before any thread starts
+        todo = {self.recipe(s, b).label: (s, b) for s, b in variants}  # refuses wrong names before any thread starts
         with ThreadPoolExecutor(threads) as pool:
-            for entry in [pool.submit(self.build, s, b) for s, b in todo.values()]:
-                self.memory(entry.result())
-
-    def memory(self, entry: Entry) -> None:
-        """Keep an entry for `get`, so that it is read from disk once."""
-        self.modules.setdefault(entry.meta["label"], (entry.key, entry))
+            jobs = {label: pool.submit(self.build, s, b) for label, (s, b) in todo.items() if label not in self.entries}
+        for label, job in jobs.items():
+            self.entries[label] = job.result()
+        return [self.entries[label] for label in todo]
 
     def get(self, spec: KernelSpec, baked: Baked) -> Kernel:
         """The loaded kernel. Raises KernelParamError, KernelCompileError, KernelCacheFrozen, KernelError."""
         label = readable(spec.source, baked, self.arch)
         kernel = self.made.get((label, spec.entry))
         if kernel is None or kernel.spec != spec:
-            kernel = self.made[label, spec.entry] = self._load(spec, baked, label)
+            with self.loading:
+                kernel = self.made[label, spec.entry] = self._load(spec, baked)
         return kernel
 
     def freeze(self) -> None:
         """From here on a kernel that is not compiled yet is an error: a step must not compile."""
         self.frozen = True
 
-    def _load(self, spec: KernelSpec, baked: Baked, label: str) -> Kernel:
-        spec.check_baked(baked)
-        if label not in self.modules:
-            if self.frozen:
-                raise KernelCacheFrozen(label, "a kernel of the warm-up", "a new one",
-                                        "add its variant to the registry")
-            self.memory(self.build(spec, baked))
-        key, module = self.modules[label]
-        if isinstance(module, Entry):
-            module = self._module(module, spec, baked)
-            self.modules[label] = key, module
-        try:
-            function = module.get_function(spec.entry).kernel.ptr
-        except Exception as e:
-            raise KernelError(key, f"an entry named {spec.entry}", str(e), "correct the spec or the source") from None
-        return Kernel(spec, str(baked["FLOATX"]), function, f"{spec.entry} of {key}", module)
-
-    def _module(self, entry: Entry, spec: KernelSpec, baked: Baked) -> Any:
-        """The loaded module. An image that the driver refuses is thrown away and built again, once."""
-        try:
-            return self._raw_module(entry.image)
-        except Exception:
-            self.store.discard(entry.key)
-            self._rejected()
-            self.warn(f"kernel cache: {entry.key} does not load and is built again")
+    def _load(self, spec: KernelSpec, baked: Baked) -> Kernel:
+        """The kernel, loaded. An image that the driver refuses is thrown away and built again, once."""
         recipe = self.recipe(spec, baked)
-        image, _ = compile_text(recipe.text, recipe.key, recipe.arch, recipe.options)
+        if recipe.label not in self.entries:
+            if self.frozen:
+                raise KernelCacheFrozen(recipe.key, "a kernel of the warm-up", "a new one",
+                                        "add its variant to the registry")
+            self.entries[recipe.label] = self.build(spec, baked)
+        problem = self._open(recipe, spec.entry)
+        if problem and recipe.key not in self.fresh:
+            self.store.discard(recipe.key)
+            self.store.refuse(recipe.key, f"it does not load: {problem}")
+            self.entries[recipe.label] = self._compile(recipe)
+            problem = self._open(recipe, spec.entry)
+        if problem:
+            log = driver.load_log(self.entries[recipe.label].image)
+            raise KernelError(f"{spec.entry} of {recipe.key}", "a kernel that the driver loads", f"{problem}; {log}",
+                              "correct the spec's entry or the source, or update the driver")
+        module = self.modules[recipe.label]
+        return Kernel(spec, str(baked["FLOATX"]), module.get_function(spec.entry).kernel.ptr,
+                      f"{spec.entry} of {recipe.key}", module)
+
+    def _open(self, recipe: Recipe, entry: str) -> str:
+        """Load the label's module, unless it is loaded, and look for an entry; what went wrong, or ''.
+
+        Raises what is no fault of the image: DeviceFault, OutOfMemoryError.
+        """
         try:
-            module = self._raw_module(image)
+            if recipe.label not in self.modules:
+                self.modules[recipe.label] = self._raw_module(self.entries[recipe.label].image)
+            self.modules[recipe.label].get_function(entry).kernel.ptr  # noqa: B018
+        except (OSError, AprError):
+            raise
         except Exception as e:
-            raise KernelError(entry.key, "a module that the driver loads", f"{e}: {driver.load_log(image)}",
-                              "update the driver, or install the CUDA extra that fits it") from None
-        self.store.write(Entry(entry.key, entry.meta, image))
-        return module
+            self.modules.pop(recipe.label, None)
+            code = int(getattr(e, "status", 0))
+            if driver.is_sticky(code) or code == driver.OUT_OF_MEMORY:
+                driver.check(code, f"loading {recipe.key}")
+            return str(e)
+        return ""
 
     def _raw_module(self, image: bytes) -> Any:
         """A RawModule of exactly these bytes.
@@ -285,10 +317,19 @@ class PtxCache:
         CuPy remembers modules by path, so a path that were used twice would serve the first one's code: the path is the
         hash of the bytes, in a folder of this process alone.
         """
-        if self.images is None:
-            self.images = tempfile.TemporaryDirectory(prefix="apr-kernels-")
-        path = Path(self.images.name) / f"{hashlib.sha256(image).hexdigest()}.cubin"
-        path.write_bytes(image)
+        name = f"{hashlib.sha256(image).hexdigest()}.cubin"
+        try:
+            path = self._images(None) / name
+            path.write_bytes(image)
+        except OSError:  # /tmp is full, or was cleaned under a long run
+            self.images = None
+            path = self._images("/dev/shm") / name
+            path.write_bytes(image)
         module = driver.import_cupy().RawModule(path=str(path))
         module.compile()
         return module
+
+    def _images(self, parent: str | None) -> Path:
+        if self.images is None:
+            self.images = PrivateFolder(prefix="apr-kernels-", dir=parent)
+        return Path(self.images.name)

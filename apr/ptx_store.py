@@ -12,18 +12,21 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apr.errors import AprError
+from apr.files import PrivateFolder
 from apr.strict import parse_json
 
-MAGIC, SUFFIX = b"APRKERN1", ".kernel"
+MAGIC, SUFFIX, TEMPORARY = b"APRKERN1", ".kernel", ".tmp"
 MAX_BYTES = 64 << 20
+MAX_NAME = 255  # bytes of a file name
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # no link is followed, no FIFO waited for
 
 
 @dataclass(frozen=True)
@@ -48,61 +51,89 @@ def decode(data: bytes) -> Entry | str:
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         return "damaged (its SHA-256 differs)"
     end = 16 + int.from_bytes(data[8:16], "little")
-    if end > len(data) - 32:
-        return "damaged (its header is longer than the file)"
+    if end >= len(data) - 32:
+        return "damaged (no code after its header)"
     try:
         header = parse_json(data[16:end], "kernel cache entry")
-        return Entry(str(header["key"]), dict(header["meta"]), data[end:-32])
-    except (AprError, KeyError, TypeError, ValueError):
+    except AprError:
+        header = None
+    if not isinstance(header, dict) or set(header) != {"key", "meta"} or not isinstance(header["key"], str) \
+            or not isinstance(header["meta"], dict):
         return "damaged (its header is not readable)"
+    return Entry(header["key"], header["meta"], data[end:-32])
+
+
+def file_name(key: str) -> str:
+    """The file of a key: the key, or its end, which holds the SHA-256, where file systems allow no more."""
+    return (key + SUFFIX)[-MAX_NAME:]
 
 
 class PtxStore:
     """A folder of entries. `folder` None, or one that cannot be trusted or used, means a private one that ends with
-    the process; `path` says which it is.
+    the process; `path` says which it is, and is None where not even that could be made: then nothing is kept.
     """
 
     def __init__(self, folder: Path | None, warn: Callable[[str], None], rejected: Callable[[], None]) -> None:
         self.warn, self.rejected = warn, rejected
-        self.private: tempfile.TemporaryDirectory[str] | None = None
-        self.handle = -1
-        reason = "no home folder" if folder is None else ""
+        self.private: PrivateFolder | None = None
+        self.path, self.handle = folder, -1
+        reason = ""
         if folder is not None:
             try:
                 self.handle, reason = open_folder(folder)
             except OSError as e:
                 reason = e.strerror or str(e)
-        self.path = folder
         if self.handle < 0:
-            self.private = tempfile.TemporaryDirectory(prefix="apr-cache-")
-            self.path = Path(self.private.name)
-            self.handle, _ = open_folder(self.path)
+            self.path = None
+            with contextlib.suppress(OSError):  # a full /tmp, or none
+                self.private = PrivateFolder(prefix="apr-cache-")
+                self.handle, _ = open_folder(Path(self.private.name))
+                self.path = Path(self.private.name)
             rejected()
-            warn(f"kernel cache: {folder} is not used ({reason}); kernels are kept for this process only")
+            what = f"{folder} is not used ({reason})" if folder is not None else \
+                "there is no home folder (APR_CACHE_DIR names another place)"
+            warn(f"kernel cache: {what}; kernels are kept for this process only")
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", -1) >= 0:
+            os.close(self.handle)
+            self.handle = -1
 
     def read(self, key: str) -> Entry | None:
         """The entry of this key, or None: not there, not sound, not the user's, or of another key."""
-        problem = ""
+        found = self._read(file_name(key))
+        if found is None or (isinstance(found, Entry) and found.key == key):
+            return found if isinstance(found, Entry) else None
+        self.refuse(key, found if isinstance(found, str) else f"it holds {found.key}")
+        return None
+
+    def refuse(self, key: str, problem: str) -> None:
+        """Say and count that the entry of this key is not used."""
+        self.rejected()
+        self.warn(f"kernel cache: entry {key} is not used ({problem}) and is built again")
+
+    def _read(self, name: str) -> Entry | str | None:
+        """What a file holds, or what is wrong with it; None if it is not there. Never raises."""
+        if self.handle < 0:
+            return None
         try:
-            descriptor = os.open(key + SUFFIX, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                                 dir_fd=self.handle)
+            descriptor = os.open(name, READ, dir_fd=self.handle)
         except FileNotFoundError:
             return None
         except OSError as e:
-            problem = e.strerror or str(e)
-        else:
-            with os.fdopen(descriptor, "rb") as f:
-                found = _read_trusted(f)
-            if isinstance(found, Entry) and found.key == key:
-                return found
-            problem = found if isinstance(found, str) else f"it holds {found.key}"
-        self.rejected()
-        self.warn(f"kernel cache: entry {key} is not used ({problem}) and is built again")
-        return None
+            return "it is a link" if _is_link(name, self.handle) else e.strerror or str(e)
+        try:
+            return _read_trusted(descriptor)
+        except OSError as e:
+            return e.strerror or str(e)
+        finally:
+            os.close(descriptor)
 
-    def write(self, entry: Entry) -> None:
-        """Publish an entry, whole or not at all. Failure is no error: the caller has the build."""
-        temporary = f".{os.getpid()}-{os.urandom(8).hex()}.tmp"
+    def write(self, entry: Entry) -> bool:
+        """Publish an entry, whole or not at all; whether it worked. Failure is no error: the caller has the build."""
+        if self.handle < 0:
+            return False
+        temporary = f".{os.getpid()}-{os.urandom(8).hex()}{TEMPORARY}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600,
                                  dir_fd=self.handle)
@@ -111,41 +142,60 @@ class PtxStore:
                     f.write(entry.encode())
                     f.flush()
                     os.fsync(f.fileno())
-                os.replace(temporary, entry.key + SUFFIX, src_dir_fd=self.handle, dst_dir_fd=self.handle)
-            except OSError:
-                os.unlink(temporary, dir_fd=self.handle)
+                os.replace(temporary, file_name(entry.key), src_dir_fd=self.handle, dst_dir_fd=self.handle)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=self.handle)
                 raise
         except OSError as e:
             self.warn(f"kernel cache: {self.path} cannot be written ({e.strerror or e}); kernels will be compiled "
                       "again next time")
+            return False
+        return True
 
-    def discard(self, key: str) -> None:
-        """Remove an entry, if that can be done."""
-        try:
-            os.unlink(key + SUFFIX, dir_fd=self.handle)
-        except OSError:
-            return
+    def discard(self, key: str) -> bool:
+        """Remove an entry, if that can be done; whether it was."""
+        return self._unlink(file_name(key))
 
-    def names(self) -> list[str]:
-        """The keys that have a file, sorted."""
-        return sorted(n.removesuffix(SUFFIX) for n in os.listdir(self.handle) if n.endswith(SUFFIX))
+    def files(self) -> list[str]:
+        """The names of the entries' files, sorted."""
+        return self._listed(SUFFIX)
 
     def leftovers(self) -> list[str]:
-        """Temporary files that killed processes left."""
-        return sorted(n for n in os.listdir(self.handle) if n.endswith(".tmp"))
+        """Temporary files that killed processes left, or that others are writing now."""
+        return self._listed(TEMPORARY)
 
     def entries(self) -> Iterator[tuple[str, Entry | str]]:
-        """Every key with its entry, or with what is wrong with it."""
-        for key in self.names():
-            try:
-                descriptor = os.open(key + SUFFIX, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                                     dir_fd=self.handle)
-            except OSError as e:
-                yield key, e.strerror or str(e)
-                continue
-            with os.fdopen(descriptor, "rb") as f:
-                found = _read_trusted(f)
-            yield key, found if isinstance(found, str) or found.key == key else f"it holds {found.key}"
+        """Every file with its entry, or with what is wrong with it."""
+        for name in self.files():
+            found = self._read(name)
+            if isinstance(found, Entry) and file_name(found.key) != name:
+                found = f"it holds {found.key}"
+            yield name, "gone" if found is None else found
+
+    def sweep(self, seconds: float) -> int:
+        """Remove leftovers that are older than `seconds`; how many."""
+        count = 0
+        for name in self.leftovers():
+            with contextlib.suppress(OSError):
+                info = os.stat(name, dir_fd=self.handle, follow_symlinks=False)
+                if time.time() - info.st_mtime >= seconds:
+                    count += self._unlink(name)
+        return count
+
+    def clear(self) -> tuple[int, int]:
+        """Remove every entry and leftover; how many of each were removed."""
+        return sum(map(self._unlink, self.files())), self.sweep(float("-inf"))
+
+    def _listed(self, suffix: str) -> list[str]:
+        return sorted(n for n in os.listdir(self.handle) if n.endswith(suffix)) if self.handle >= 0 else []
+
+    def _unlink(self, name: str) -> bool:
+        try:
+            os.unlink(name, dir_fd=self.handle)
+        except OSError:
+            return False
+        return True
 
 
 def open_folder(folder: Path) -> tuple[int, str]:
@@ -153,30 +203,38 @@ def open_folder(folder: Path) -> tuple[int, str]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
+    if folder.is_symlink():  # only for the message: O_NOFOLLOW is what refuses it
+        return -1, "it is a link"
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    info = os.fstat(handle)
-    if info.st_uid != os.geteuid():
-        reason = f"it belongs to user {info.st_uid}"
-    elif info.st_mode & OTHERS_WRITE:
-        reason = "others may write in it"
-    else:
-        return handle, ""
-    os.close(handle)
-    return -1, reason
+    reason = _distrust(os.fstat(handle))
+    if reason:
+        os.close(handle)
+        return -1, reason
+    return handle, ""
 
 
-def _read_trusted(f: Any) -> Entry | str:
-    """The entry of an open file that is regular, the user's own, closed to others and of a sane size."""
-    info = os.fstat(f.fileno())
-    if not stat.S_ISREG(info.st_mode):
-        return "not a regular file"
+def _distrust(info: os.stat_result) -> str:
+    """Why what others may have written is not to be trusted, or ''."""
     if info.st_uid != os.geteuid():
         return f"it belongs to user {info.st_uid}"
-    if info.st_mode & OTHERS_WRITE:
-        return "others may write to it"
+    return "others may write in it" if info.st_mode & OTHERS_WRITE else ""
+
+
+def _is_link(name: str, handle: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=handle, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _read_trusted(descriptor: int) -> Entry | str:
+    """The entry of an open file that is regular, the user's own, closed to others and of a sane size."""
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
+        return "it is no regular file"
+    if reason := _distrust(info):
+        return reason
     if info.st_size > MAX_BYTES:
         return f"{info.st_size} bytes, more than {MAX_BYTES}"
-    try:
+    with os.fdopen(descriptor, "rb", closefd=False) as f:
         return decode(f.read(MAX_BYTES))
-    except OSError as e:
-        return e.strerror or str(e)

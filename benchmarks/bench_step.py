@@ -165,7 +165,8 @@ def first_steps(args: argparse.Namespace) -> dict[str, float]:
             start = time.time()
             run = subprocess.run([sys.executable, __file__, "--one-step", "--preset", args.preset, "--batch",
                                   str(args.batch), "--length", str(args.length), "--precision", args.precision],
-                                 env={**os.environ, "APR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
+                                 env={**os.environ, "APR_CACHE_DIR": folder}, capture_output=True, text=True,
+                                 check=True)
             out[f"first_step_{state}_s"] = float(run.stdout.split()[-1]) - start
     return out
 

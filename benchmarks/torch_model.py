@@ -112,7 +112,8 @@ class TorchTrainer:
             [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
             lr=train["lr"], betas=(train["beta1"], train["beta2"]), eps=train["adam_eps"], fused=True)
         self.max_norm = train["max_grad_norm"]
-        self.run = self.model if mode == "eager" else torch.compile(self.model, mode=None if mode == "default" else mode)
+        compile_mode = None if mode == "default" else mode
+        self.run = self.model if mode == "eager" else torch.compile(self.model, mode=compile_mode)
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """One step on device tensors (B, T) int64; returns loss and gradient norm, still on the device."""

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from apr import __version__
-from apr.errors import AprError, ConfigError, OutOfMemoryError, one_line
+from apr.errors import AprError, ConfigError, DeviceFault, OutOfMemoryError, one_line
 from apr.files import os_error
 from apr.paths import environment
 
@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _overview().parse_args(arguments[:1]).command
         args = build(command).parse_args(arguments[1:])
         return int(importlib.import_module(f"apr.cli.{command}").run(args) or 0)
+    except DeviceFault as e:  # nothing may ask CUDA for anything again, not even to give memory back
+        code = _fail(e)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     except AprError as e:
         return _fail(e)
     except BrokenPipeError:  # the reader of our output has gone; nothing is left to say, to anyone

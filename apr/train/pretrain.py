@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from apr.config import TransformerTrainConfig, require
-from apr.errors import GateError, Stopped
+from apr.errors import DeviceFault, GateError, OutOfMemoryError, Stopped
 from apr.train.base import StepStats
 from apr.train.guards import WINDOW, Verdict, judge_initial, judge_step, judge_val
 from apr.train.log import Event, Sink
@@ -127,6 +127,9 @@ class PretrainLoop:
                 ended = self._epoch()
             return self._end(*ended)
         except GateError as e:
+            self._end("ABORTED", str(e))
+            raise
+        except (DeviceFault, OutOfMemoryError) as e:
             self._end("ABORTED", str(e))
             raise
         except Stopped as e:
