@@ -37,6 +37,7 @@ BAKED_NAME = re.compile(r"\bK_(\w+)")
 # What would bring in bytes that the key does not see, or a value of its own for a baked name.
 UNSEEN = re.compile(r"^[ \t]*(?:#|%:)[ \t]*(?:include|import|embed)[^\n]*|__has_include\w*|__DATE__|__TIME__"
                     r"|__TIMESTAMP__|^[ \t]*(?:#|%:)[ \t]*(?:define|undef)[ \t]+K_\w+", re.M)
+PROLOGUE = re.compile(r"\A(#define K_[^\n]*\n)*")
 BUILD = re.compile(r"Compiler Build ID: (\S+).*? V([\d.]+)", re.S)
 USAGE = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
                    r"(\d+) bytes spill loads.*?Used (\d+) registers(?:[^\n]*?, (\d+) bytes smem)?", re.S)
@@ -120,10 +121,13 @@ class Recipe:
         return f"{self.label}-{hashlib.sha256(parts.encode()).hexdigest()}"
 
     def manifest(self) -> dict[str, Any]:
-        """What the key was made of, with the source as its hash: two of these explain why two keys differ."""
+        """What the key was made of, with the source, less the baked values that the label has, as its hash: two of
+        these explain why two keys differ.
+        """
+        source = PROLOGUE.sub("", self.text)
         return {"schema": SCHEMA, "label": self.label, "arch": self.arch, "options": list(self.options),
                 "compiler": self.compiler, "cupy": self.cupy,
-                "source_sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+                "source_sha256": hashlib.sha256(source.encode()).hexdigest()}
 
 
 def compile_text(text: str, where: str, arch: str, options: tuple[str, ...]) -> tuple[bytes, dict[str, Any]]:

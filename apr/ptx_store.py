@@ -13,6 +13,7 @@ import json
 import os
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,8 @@ class PtxStore:
             what = f"{folder} is not used ({reason})" if folder is not None else \
                 "there is no home folder (APR_CACHE_DIR names another place)"
             warn(f"kernel cache: {what}; kernels are kept for this process only")
-
-    def __del__(self) -> None:
-        if getattr(self, "handle", -1) >= 0:
-            os.close(self.handle)
-            self.handle = -1
+        if self.handle >= 0:
+            weakref.finalize(self, os.close, self.handle)
 
     def read(self, key: str) -> Entry | None:
         """The entry of this key, or None: not there, not sound, not the user's, or of another key."""
@@ -206,11 +204,13 @@ def open_folder(folder: Path) -> tuple[int, str]:
     if folder.is_symlink():  # only for the message: O_NOFOLLOW is what refuses it
         return -1, "it is a link"
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    reason = _distrust(os.fstat(handle))
-    if reason:
-        os.close(handle)
-        return -1, reason
-    return handle, ""
+    reason = "it cannot be examined"
+    try:
+        reason = _distrust(os.fstat(handle))
+    finally:
+        if reason:
+            os.close(handle)
+    return (-1, reason) if reason else (handle, "")
 
 
 def _distrust(info: os.stat_result) -> str:

@@ -26,16 +26,20 @@ def forward_flops(N: int, NH: int, NKV: int, HS: int) -> int:
 backward_bytes, backward_flops = forward_bytes, forward_flops
 
 
-def peer(p: Any, c: TransformerConfig, cos: Any, sin: Any) -> Any:
-    """The same in PyTorch: the query and key heads of qkv (N, QKV), turned; cos, sin (T, HS/2)."""
-    cat, turned, size = p.torch.cat, c.NH + c.NKV, c.HS
+def peer(p: Any, cos: Any, sin: Any) -> Any:
+    """The same in PyTorch of x (B, T, heads, HS); cos, sin (T, HS/2)."""
+    cat = p.torch.cat
     cos, sin = (cat((t, t), -1)[:, None] for t in p.tensors(cos, sin))
 
-    def rope(qkv: Any) -> Any:
-        x = qkv.view(B, T, -1, size)[:, :, :turned]
+    def rope(x: Any) -> Any:
         first, second = x.chunk(2, dim=-1)
         return (x * cos + cat((-second, first), dim=-1) * sin).to(x.dtype)
     return rope
+
+
+def heads(p: Any, c: TransformerConfig, qkv: Any) -> Any:
+    """The heads of qkv (N, QKV) that are turned, as a tensor."""
+    return p.tensor(qkv).view(B, T, -1, c.HS)[:, :, :c.NH + c.NKV]
 
 
 def forward(name: str, c: TransformerConfig, X: str) -> Case:
@@ -43,7 +47,7 @@ def forward(name: str, c: TransformerConfig, X: str) -> Case:
         qkv, cos, sin = b.random((N, c.QKV), X), b.empty((T, c.HS // 2), "f32"), b.empty((T, c.HS // 2), "f32")
         rope_table(b.dev, cos, sin, c, X)
         return Work(lambda: rope_forward(b.dev, qkv, qkv, None, cos, sin, T, c),
-                    lambda p: p.forward(peer(p, c, cos, sin), p.tensor(qkv)))
+                    lambda p: p.forward(peer(p, cos, sin), heads(p, c, qkv)))
     return Case(f"forward {name}", X, forward_bytes(N, c.NH, c.NKV, c.HS, BYTES[X]),
                 forward_flops(N, c.NH, c.NKV, c.HS), setup)
 
@@ -56,7 +60,7 @@ def backward(name: str, c: TransformerConfig, X: str) -> Case:
 
         def peers(p: Any) -> Any:
             dout = p.tensor(b.random((B, T, c.NH + c.NKV, c.HS), X))
-            return p.backward(peer(p, c, cos, sin), [p.tensor(dqkv)], [dout])
+            return p.backward(peer(p, cos, sin), [heads(p, c, dqkv)], [dout])
         return Work(lambda: rope_backward(b.dev, dqkv, None, None, partial, dqkv, None, None, cos, sin, T, c), peers)
     return Case(f"backward {name}", X, backward_bytes(N, c.NH, c.NKV, c.HS, BYTES[X]),
                 backward_flops(N, c.NH, c.NKV, c.HS), setup)

@@ -20,6 +20,8 @@ COMMANDS = {
     "pretrain": "train a model on text or token shards",
     "tokenize": "turn text, source trees, JSONL or Parquet into token shards",
     "inspect": "show what a model file, checkpoint, run, tokenizer or shard folder holds, and verify it",
+    "plan": "show the GPU memory that training a model takes, and whether it fits",
+    "cache": "list, explain, verify, fill or empty the cache of compiled kernels",
     "doctor": "show what this machine has of what apr needs, and what can be done with it",
 }
 

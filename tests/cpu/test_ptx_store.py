@@ -1,8 +1,9 @@
-"""The kernel cache on disk against the faults of table F: never a wrong kernel, never an error, always said and counted.
+"""The kernel cache on disk against the faults of table F: never a wrong kernel or an error, always counted.
 
 F1 to F7, the entries; F8 to F12, the folder, the disk and the driver, are in test_ptx_folder.py.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -183,6 +184,7 @@ def test_F3_what_is_no_private_regular_file_is_not_read(make, tmp_path, kind):
     if "directory" not in kind:
         demand_rebuilt(make, path)
         return
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):  # it cannot be replaced, so each process compiles
         cache = make()
@@ -190,6 +192,7 @@ def test_F3_what_is_no_private_regular_file_is_not_read(make, tmp_path, kind):
         assert (cache.counts.compiled, cache.counts.rejected) == (1, 1) and len(cache.counts.warnings) == 2
         assert [str(e) for _, e in cache.store.entries()] == ["it is no regular file"]
         del cache
+        gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before and files(path.parent) == [path]
 
 

@@ -1,5 +1,7 @@
 """The embedding kernels: rows are copied to the bit; the gradient of a token is summed over all its occurrences."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from harness import Arrays, f64, gate, same_bits
@@ -62,5 +64,5 @@ def test_embedding_sort_ids_lists_every_position_once(rng):
     assert sorted(order) == list(range(100)) and (np.diff(ids[order]) >= 0).all()
     used = np.unique(ids).size
     assert (np.diff(runs)[:used] > 0).all() and (runs[used:] == 100).all()
-    for begin, end in zip(runs[:used], runs[1:used + 1], strict=True):
+    for begin, end in pairwise(runs[:used + 1]):
         assert np.unique(ids[order[begin:end]]).size == 1 and (np.diff(order[begin:end]) > 0).all()

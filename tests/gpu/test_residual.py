@@ -1,4 +1,4 @@
-"""The residual addition, which is part of the RMSNorm kernels: forward adds the update first, backward adds at the end."""
+"""The residual addition, which is part of the RMSNorm kernels: forward begins with it, backward ends with it."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ def test_residual_forward_matches_reference(arrays, rng, case):
     n, c, _ = case
     inp, update, weight = some(arrays, rng, case)
     out, rstd, residual = arrays.out(n, c), arrays.out(n, dtype="f32"), arrays.out(n, c)
-    rmsnorm_forward(arrays.dev, out, rstd, residual, arrays.read(inp), arrays.read(update), arrays.read(weight), eps=EPS)
+    rmsnorm_forward(arrays.dev, out, rstd, residual, arrays.read(inp), arrays.read(update), arrays.read(weight),
+                    eps=EPS)
     stream = residual_forward(*f64(inp, update))
     truth, truth_rstd = norm_forward(stream, *f64(weight), EPS)
     stored = rounded(residual_forward(inp, update))  # the norm is of the sum as stored

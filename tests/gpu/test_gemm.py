@@ -1,0 +1,132 @@
+"""Matrix products by cuBLASLt: exact float32 (no TF32), odd shapes, accumulation, choices kept and reused."""
+
+import numpy as np
+import pytest
+from harness import TENSOR_CORES, Arrays, f64, gate, rounded, same_bits
+
+from apr.buffers import WORKSPACE
+from apr.errors import AprError, KernelError
+from apr.gemm import R_16BF, R_32F, Gemm, Shape, table_path
+
+# N, O, I: one row; every size odd; a layer of qwen2_0_5b; one output; a sum longer than 4096
+SHAPES = [(1, 64, 64), (17, 123, 37), (127, 1152, 896), (129, 96, 5), (33, 64, 8192), (256, 128, 128)]
+LONG = 1e-5  # float32 products of K > 4096: the error grows with sqrt(K) where the sum is sequential
+
+
+def some(arrays, rng, shape):
+    """inp, weight and dout as stored."""
+    n, o, i = shape
+    return (arrays.round(rng.standard_normal(s)) for s in ((n, i), (o, i), (n, o)))
+
+
+def tolerance(k):
+    """Relative L2 of a float32 product over k; TF32 would be 3e-4."""
+    return gate("linear") if k <= 4096 else LONG
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm_linear_forward_matches_reference(arrays, gemm, rng, shape):
+    n, o, i = shape
+    inp, weight, _ = some(arrays, rng, shape)
+    out = arrays.out(n, o)
+    gemm.linear(out, arrays.read(inp), arrays.read(weight))
+    x, w = f64(inp, weight)
+    arrays.judge("out", out, x @ w.T, tolerance(i), lambda: rounded(inp @ weight.T))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm_linear_dinp_backward_matches_reference(arrays, gemm, rng, shape):
+    n, o, i = shape
+    _, weight, dout = some(arrays, rng, shape)
+    dinp = arrays.out(n, i)
+    gemm.linear_dinp(dinp, arrays.read(dout), arrays.read(weight))
+    d, w = f64(dout, weight)
+    arrays.judge("dinp", dinp, d @ w, tolerance(o), lambda: rounded(dout @ weight))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (8192, 64, 33)])
+def test_gemm_linear_dweight_backward_matches_reference(arrays, gemm, rng, shape):
+    n, o, i = shape
+    inp, _, dout = some(arrays, rng, shape)
+    start = rng.standard_normal((o, i)).astype(np.float32)
+    dweight = arrays.update(start, "f32")
+    gemm.linear_dweight(dweight, arrays.read(dout), arrays.read(inp))
+    d, x, begin = f64(dout, inp, start)
+    arrays.judge("dweight", dweight, begin + d.T @ x, tolerance(n) if arrays.storage == "f32" else TENSOR_CORES)
+
+
+def test_gemm_is_not_tf32(f32, gemm, rng):
+    """Numbers with bits that TF32 drops: 1 + 2^-12 is 1 there, and the sum of differences would be 0."""
+    inp, weight = np.full((64, 512), 1 + 2.0**-12, np.float32), np.ones((64, 512), np.float32)
+    out = f32.out(64, 64)
+    gemm.linear(out, f32.read(inp), f32.read(weight))
+    assert (f32.get(out) == 512 + 0.125).all()
+
+
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+def test_gemm_gives_the_same_bits_twice(dev, gemm, storage):
+    def run():
+        arrays, rng = Arrays(dev, storage), np.random.default_rng(1)
+        inp, weight, dout = (arrays.read(x) for x in some(arrays, rng, (127, 1152, 896)))
+        out, dinp, dweight = arrays.out(127, 1152), arrays.out(127, 896), arrays.update(np.zeros((1152, 896)), "f32")
+        gemm.linear(out, inp, weight)
+        gemm.linear_dinp(dinp, dout, weight)
+        gemm.linear_dweight(dweight, dout, inp)
+        return {"out": arrays.bits(out), "dinp": arrays.bits(dinp), "dweight": arrays.bits(dweight)}
+    same_bits(run)
+
+
+def product(dev, gemm, storage="bf16"):
+    """The bits of one product, and its name."""
+    arrays, rng = Arrays(dev, storage), np.random.default_rng(2)
+    inp, weight, _ = some(arrays, rng, (256, 128, 128))
+    out = arrays.out(256, 128)
+    gemm.linear(out, arrays.read(inp), arrays.read(weight))
+    kind = R_16BF if storage == "bf16" else R_32F
+    return arrays.bits(out), Shape(128, 256, 128, True, False, kind, kind)
+
+
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+def test_gemm_uses_the_choices_that_it_is_given(dev, storage):
+    workspace = dev.empty((WORKSPACE,), "u8")
+    first = Gemm(dev, workspace)
+    bits, shape = product(dev, first, storage)
+    name = shape.name(0.0)
+    assert list(first.choices) == [name]
+    desc, layouts = first._describe(shape)
+    others = [bytes(first_bytes(a)).hex() for a in first.candidates(desc, layouts, name, 16)]
+    other = next(o for o in others if o != first.choices[name])
+    given = Gemm(dev, workspace, {name: other})
+    product(dev, given, storage)
+    assert given.choices == {name: other}, "the choice given was not used"
+    again = Gemm(dev, workspace, first.choices)
+    assert (product(dev, again, storage)[0] == bits).all() and again.choices == first.choices
+
+
+def first_bytes(algo):
+    """The 64 bytes of an algorithm."""
+    return b"".join(int(word).to_bytes(8, "little") for word in algo.data)
+
+
+@pytest.mark.parametrize("damaged", ["ff" * 64, "00" * 3, "not hex"], ids=["nonsense", "short", "no_hex"])
+def test_gemm_refuses_a_damaged_choice(dev, damaged):
+    gemm = Gemm(dev, dev.empty((WORKSPACE,), "u8"), {"128x256x128-TN-bf16-bf16-0": damaged})
+    with pytest.raises(AprError, match="128x256x128-TN-bf16-bf16-0"):
+        product(dev, gemm)
+
+
+def test_gemm_refuses_a_damaged_table(dev, tmp_path, monkeypatch):
+    version = Gemm(dev, dev.empty((WORKSPACE,), "u8")).version
+    monkeypatch.setattr("apr.gemm.TABLES", tmp_path)
+    table_path(dev.name, version).write_text('{"algorithms": 5}')
+    with pytest.raises(AprError, match="a table of algorithms"):
+        Gemm(dev, dev.empty((WORKSPACE,), "u8"))
+
+
+def test_gemm_names_the_product_that_it_has_no_algorithm_for(dev):
+    """No split sums, no workspace and an output of another type than the library has for these inputs."""
+    gemm = Gemm(dev, dev.empty((16,), "u8"))
+    shape = Shape(64, 64, 64, True, False, R_32F, R_16BF)
+    desc, layouts = gemm._describe(shape)
+    with pytest.raises(KernelError, match="64x64x64-TN-f32-bf16-0"):
+        gemm.candidates(desc, layouts, shape.name(0.0), 1)
