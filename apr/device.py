@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from apr import driver, paths
-from apr.errors import AprError, DeviceFault, OutOfMemoryError, UnavailableError
+from apr.dtypes import BY_NAME
+from apr.errors import AprError, DeviceFault, OutOfMemoryError, ShapeError, UnavailableError
 from apr.kernel import DEVICE_DTYPES, Baked, KernelSpec
 from apr.ptx_cache import PtxCache, arch_of
 
@@ -44,16 +45,20 @@ class Device:
         self.recent: deque[str] = deque(maxlen=REMEMBERED)
         self.capturing = False
         with self.errors("device"):
-            self.cupy.cuda.Device(ordinal).use()
             self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cache = PtxCache(arch_of(self.capability), folder, warn=warn)
 
     def launch(self, spec: KernelSpec, baked: Baked, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
                shared: int = 0) -> None:
         """Launch a kernel on the stream; see Kernel.launch."""
+        self.use()
         kernel = self.cache.get(spec, baked)
         kernel.launch(self.stream.ptr, grid, block, args, shared)
         self.launched(kernel.key)
+
+    def use(self) -> None:
+        """Make this the current GPU of the calling thread, where there are several."""
+        self.cupy.cuda.runtime.setDevice(self.ordinal)
 
     def launched(self, name: str) -> None:
         """Remember a launch for the message of a fault; with APR_SYNC=1 wait for it."""
@@ -72,6 +77,7 @@ class Device:
         """Turn CUDA's errors of the block into apr's own."""
         runtime = self.cupy.cuda.runtime.CUDARuntimeError
         try:
+            self.use()
             yield
         except self.cupy.cuda.memory.OutOfMemoryError as e:
             raise OutOfMemoryError(what, "room on the GPU", str(e), "lower --batch-size or --seq-length") from None
@@ -95,9 +101,18 @@ class Device:
         return self.cupy.ndarray(shape, kind, memory)
 
     def upload(self, array: Any, host: np.ndarray) -> None:
-        """Copy to the GPU, in the order of the stream; `host` may be changed after the return."""
+        """Copy to the GPU, in the order of the stream; `host` may be changed after the return.
+
+        Raises ShapeError for another dtype or size; a bfloat16 array goes into uint16.
+        """
+        values = np.ascontiguousarray(host)
+        if values.dtype == BY_NAME["BF16"].numpy:
+            values = values.view(np.uint16)
+        if values.dtype != array.dtype or values.size != array.size:
+            raise ShapeError("copy to the GPU", f"{array.size} elements of {array.dtype}",
+                             f"{values.size} of {values.dtype}", "convert them first")
         with self.errors("copy to the GPU"):
-            array.set(np.ascontiguousarray(host).reshape(array.shape).view(array.dtype), stream=self.stream)
+            array.set(values.reshape(array.shape), stream=self.stream)
 
     def download(self, array: Any) -> np.ndarray:
         """Copy from the GPU and wait; bf16 comes as uint16. Raises DeviceFault."""

@@ -13,6 +13,7 @@ of the library, else the library's first candidate. `choices` says what ran; che
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,16 @@ import numpy as np
 
 from apr import driver
 from apr.device import Device
-from apr.errors import AprError, KernelError, UnavailableError
+from apr.errors import AprError, KernelError, LaunchError, UnavailableError
 
 TABLES = Path(__file__).parent / "gemm_tables"
 CANDIDATES = 16
 R_32F, R_16BF, COMPUTE_32F = 0, 14, 68  # cudaDataType_t, cublasComputeType_t
+KINDS: dict[int, np.dtype[Any]] = {R_32F: np.dtype(np.float32), R_16BF: np.dtype(np.uint16)}
 TRANSA, TRANSB, WORKSPACE_BYTES, REDUCTION_MASK = 3, 4, 1, 3  # attributes
 SPLIT_IN_FLOAT = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; never OUTPUT_TYPE, which would round partial sums to bf16
 ALGO_BYTES = 64
+HEX = re.compile(rf"[0-9a-f]{{{2 * ALGO_BYTES}}}")
 
 _ffi = cffi.FFI()
 _ffi.cdef("""
@@ -43,6 +46,7 @@ int cublasLtMatmulDescSetAttribute(void *desc, int attribute, const void *value,
 int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t columns, int64_t stride);
 int cublasLtMatmulPreferenceCreate(void **preference);
 int cublasLtMatmulPreferenceSetAttribute(void *preference, int attribute, const void *value, size_t size);
+int cublasLtMatmulPreferenceDestroy(void *preference);
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *b, void *c, void *d, void *preference,
                                    int wanted, result_t *results, int *found);
 int cublasLtMatmulAlgoCheck(void *handle, void *desc, void *a, void *b, void *c, void *d, const algo_t *algo,
@@ -51,7 +55,6 @@ int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *A, v
                    const void *beta, const void *C, void *c, void *D, void *d, const algo_t *algo, void *workspace,
                    size_t size, void *stream);
 """)
-_RESULT_BYTES = 96
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,11 @@ class Product:
 class Gemm:
     """Products on one device's stream, in one workspace.
 
-    `chosen` are algorithms by product name that a checkpoint recorded; they come before the shipped table.
+    `chosen` is the `record` that a checkpoint kept: its algorithms come before the shipped table's, if GPU and library
+    are the same; elsewhere they mean nothing.
     """
 
-    def __init__(self, dev: Device, workspace: Any, chosen: Mapping[str, str] | None = None) -> None:
+    def __init__(self, dev: Device, workspace: Any, chosen: Mapping[str, Any] | None = None) -> None:
         path = driver.library_path("cublasLt")
         if path is None:
             raise UnavailableError("libcublasLt", "cuBLASLt, for matrix products", "no such library",
@@ -99,8 +103,13 @@ class Gemm:
         self.handle = self._made("cublasLtCreate")
         self.one, self.zero = _ffi.new("float *", 1.0), _ffi.new("float *", 0.0)
         self.products: dict[tuple[Shape, float], Product] = {}
-        self.table = {**read_table(dev.name, self.version), **(chosen or {})}
+        same = chosen and (chosen["gpu"], chosen["cublaslt"]) == (dev.name, self.version)
+        self.table = {**read_table(dev.name, self.version), **(chosen["algorithms"] if chosen and same else {})}
         self.choices: dict[str, str] = {}
+
+    def record(self) -> dict[str, Any]:
+        """GPU, library and the algorithm of every product so far, as 64 bytes in hex."""
+        return {"gpu": self.dev.name, "cublaslt": self.version, "algorithms": dict(self.choices)}
 
     def linear(self, out: Any, inp: Any, weight: Any) -> None:
         """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
@@ -118,7 +127,14 @@ class Gemm:
         self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0)
 
     def multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float) -> None:
-        """A product as the library sees it: out = op(a) op(b) + beta out."""
+        """A product as the library sees it: out = op(a) op(b) + beta out. Raises LaunchError for what does not fit."""
+        s = shape
+        for name, array, size, kind in (("a", a, s.m * s.k, s.inputs), ("b", b, s.n * s.k, s.inputs),
+                                        ("out", out, s.m * s.n, s.output)):
+            if array.size != size or array.dtype != KINDS[kind] or not array.flags.c_contiguous:
+                raise LaunchError(f"matrix product {s.name(beta)}: {name}",
+                                  f"{size} contiguous elements of {KINDS[kind].name}",
+                                  f"{array.size} of {array.dtype}", "correct the operands")
         product = self.products.get((shape, beta)) or self._prepare(shape, beta)
         la, lb, ld = product.layouts
         to = _pointer(out)
@@ -134,11 +150,14 @@ class Gemm:
         name = shape.name(beta)
         algo = _ffi.new("algo_t *")
         if name in self.table:
+            if not HEX.fullmatch(self.table[name]):
+                raise KernelError(f"algorithm of {name}", f"{ALGO_BYTES} bytes in hex", repr(self.table[name])[:60],
+                                  "correct the table of products, or the checkpoint")
             _ffi.memmove(algo, bytes.fromhex(self.table[name]), ALGO_BYTES)
             self._check(self.library.cublasLtMatmulAlgoCheck(self.handle, desc, layouts[0], layouts[1], layouts[2],
                                                              layouts[2], algo, _ffi.new("result_t *")), name)
         else:
-            algo[0] = self.candidates(desc, layouts, name, 1)[0]
+            algo = self.candidates(desc, layouts, name, 1)[0]
         self.choices[name] = bytes(_ffi.buffer(algo, ALGO_BYTES)).hex()
         product = self.products[shape, beta] = Product(desc, layouts, algo, name)
         return product
@@ -167,14 +186,15 @@ class Gemm:
         if found[0] == 0:
             raise KernelError(f"matrix product {name}", "an algorithm of cuBLASLt", "none",
                               "use other sizes: multiples of 8 always have one")
-        return [results[i].algo for i in range(found[0]) if results[i].state == 0]
+        self._check(self.library.cublasLtMatmulPreferenceDestroy(preference), name)
+        # copies: a member of `results` is a pointer into memory that goes with it
+        return [_ffi.new("algo_t *", results[i].algo) for i in range(found[0]) if results[i].state == 0]
 
     def tune(self, shape: Shape, beta: float, run: Any) -> list[tuple[float, str]]:
         """Milliseconds and algorithm of each candidate, the library's first one first; `run()` times the product."""
         desc, layouts = self._describe(shape)
         timed = []
-        for candidate in self.candidates(desc, layouts, shape.name(beta), CANDIDATES):
-            algo = _ffi.new("algo_t *", candidate)
+        for algo in self.candidates(desc, layouts, shape.name(beta), CANDIDATES):
             self.products[shape, beta] = Product(desc, layouts, algo, shape.name(beta))
             try:
                 timed.append((run(), bytes(_ffi.buffer(algo, ALGO_BYTES)).hex()))

@@ -89,7 +89,7 @@ class PtxStore:
             with contextlib.suppress(OSError):  # a full /tmp, or none
                 self.private = PrivateFolder(prefix="apr-cache-")
                 self.handle, _ = open_folder(Path(self.private.name))
-                self.path = Path(self.private.name)
+                self.path = Path(self.private.name) if self.handle >= 0 else None
             rejected()
             what = f"{folder} is not used ({reason})" if folder is not None else \
                 "there is no home folder (APR_CACHE_DIR names another place)"

@@ -21,8 +21,9 @@
 constexpr int BLOCK = 256, EACH = 8;
 using Quad = Vec<f32, 4>;
 
-extern "C" __global__ void adamw_prepare(f32* __restrict__ factors, f64* __restrict__ stats, const f64* __restrict__ step,
-                                         f64 beta1, f64 beta2, f64 decay, f64 max_norm) {
+extern "C" __global__ void adamw_prepare(
+    f32* __restrict__ factors, f64* __restrict__ stats, const f64* __restrict__ step, f64 beta1, f64 beta2, f64 decay,
+    f64 max_norm) {
     const f64 norm = stats[1], lr = step[1];
     const bool applied = isfinite(stats[0]) && isfinite(norm);
     const f64 t = stats[3] + (applied ? 1.0 : 0.0);
@@ -40,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) adamw_update(
     i64 decay_end, f32 beta1, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 eps) {
     const i64 i = ((i64)blockIdx.x * BLOCK + threadIdx.x) * EACH;
     if (i >= size || stats[2] == 0.0) return;
-    const float clip = factors[0], rate = factors[1], correction2 = factors[2], keep = i < decay_end ? factors[3] : 1.0f;
+    const float clip = factors[0], rate = factors[1], correction2 = factors[2];
+    const float keep = i < decay_end ? factors[3] : 1.0f;
     Vec<floatX, VEC> copy[EACH / VEC];
 #pragma unroll
     for (int half = 0; half < 2; half++) {

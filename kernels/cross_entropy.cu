@@ -64,7 +64,8 @@ __device__ __forceinline__ void cross_entropy(f32* __restrict__ losses, floatX* 
         float sum;
         row_statistics(row, maximum, sum);
         const bool known = target >= 0 && target < V;
-        loss = known ? logf(sum) - (to_float(logits[n * VP + (known ? target : 0)]) - maximum) : __int_as_float(0x7fc00000);
+        const float score = to_float(logits[n * VP + (known ? target : 0)]);
+        loss = known ? logf(sum) - (score - maximum) : __int_as_float(0x7fc00000);
         if constexpr (BACKWARD) scale = (float)*dloss / sum;
     }
     if (threadIdx.x == 0) losses[n] = loss;

@@ -8,7 +8,7 @@
 // LAUNCH    global_norm  grid (parts) block (256)       global_norm_finish  grid (1) block (256)
 // MEMORY    4 size bytes
 // FLOPS     2 size: bandwidth bound
-// NUMERICS  four squares in float, everything above in double, in a fixed order; NaN or inf if a gradient is
+// NUMERICS  squares and sums in double, which no gradient overflows, in a fixed order; NaN or inf if a gradient is
 // CONTRACT  contracts/global_norm-v1.yaml      REFERENCE  apr/reference/global_norm.py
 #include "common.cuh"
 constexpr int BLOCK = 256;
@@ -30,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) global_norm(
 #pragma unroll 4
     for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < size / 4; i += step) {
         const Vec<f32, 4> g = reinterpret_cast<const Vec<f32, 4>*>(grads)[i];
-        sum += (f64)(g[0] * g[0] + g[1] * g[1] + g[2] * g[2] + g[3] * g[3]);
+#pragma unroll
+        for (int k = 0; k < 4; k++) sum = fma((f64)g[k], (f64)g[k], sum);
     }
     sum = block_sum_f64(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;

@@ -10,7 +10,7 @@
 // SHAPES    out, residual, inp, update, dinp, dout, dresidual (N, C) floatX   weight (C,) floatX   rstd (N,) f32
 //           partial (PARTS, C) f32   dweight (C,) f32;  N = B*T
 // WRITES    out =   rstd =   residual =   dinp =   partial =   dweight +=;  backward writes out again, which forward
-//           does not keep: the same numbers from the same inputs. dinp may be dresidual. update and dresidual may be null.
+//           does not keep: the same numbers from the same inputs. dinp may be dresidual; update, dresidual may be null
 // BAKED     C, EPS, BLOCK (multiple of 32, <= 1024), FLOATX      RUNTIME  N
 // LAUNCH    forward          grid (N)            block (BLOCK)     one row per block
 //           backward         grid (PARTS)        block (BLOCK)     rows part, part + PARTS, …
@@ -108,6 +108,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) rmsnorm_backward(
         }
 }
 
-extern "C" __global__ void rmsnorm_weight_backward(f32* __restrict__ dweight, const f32* __restrict__ partial, i32 parts) {
+extern "C" __global__ void rmsnorm_weight_backward(
+    f32* __restrict__ dweight, const f32* __restrict__ partial, i32 parts) {
     add_parts(dweight, partial, parts, C, C);
 }

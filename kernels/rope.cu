@@ -1,6 +1,6 @@
 // rope.cu - rotary positions of the query and key heads, split-half; for Qwen3 the RMSNorm of each head before it.
 //
-// MATH      inv_freq_i = theta^(-2i/HS), i < HS/2, slowed for long waves by Llama 3's scaling     angle_ti = t inv_freq_i
+// MATH      inv_freq_i = theta^(-2i/HS), i < HS/2, slowed for long waves by Llama 3's scaling; angle_ti = t inv_freq_i
 //           norm_c = x_c * rstd * weight_c, rstd = 1 / sqrt(mean_c x_c^2 + eps)                    (QK_NORM only)
 //           out_i = norm_i cos - norm_(i+HS/2) sin        out_(i+HS/2) = norm_(i+HS/2) cos + norm_i sin
 //           Backward turns the other way, then goes through the norm:
@@ -18,7 +18,7 @@
 // BAKED     HS, NH, NKV, THETA, EPS, QK_NORM (0 or 1), the scaling FACTOR, LOW, HIGH, ORIGINAL (1, 0, 1, 1 for none),
 //           FLOATX      RUNTIME  N, T
 // LAUNCH    table            grid (ceil(T*HS/2 / 256))   block (256)
-//           forward          grid (ceil(heads / PER))    block (256)   PER = 256 / GROUP heads per block, GROUP lanes each
+//           forward          grid (ceil(heads / PER))    block (256)   PER = 256 / GROUP heads, of GROUP lanes each
 //           backward         grid (PARTS)                block (256)   heads part*PER .. , then every PARTS*PER-th
 //           weight_backward  grid (ceil(HS/32), 2)       block (32, 8)
 // MEMORY    forward, backward 2 N (NH+NKV) HS s bytes, and T HS 4 of table, which stays in L2

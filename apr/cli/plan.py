@@ -3,12 +3,13 @@
 import argparse
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 from apr.arena import RESERVE
 from apr.buffers import STORAGE, Plan, plan, table
 from apr.cli.config_file import read_config_file
+from apr.cli.pretrain import UPSTREAM_TRAIN
 from apr.config import TransformerConfig, TransformerTrainConfig, decode
 from apr.driver import DeviceInfo, probe
 from apr.errors import ConfigError, OutOfMemoryError, UnavailableError
@@ -31,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan. Raises OutOfMemoryError after it when it does not fit, UnavailableError without the GPU asked for.
-    """
+    """Print the plan. Raises OutOfMemoryError after it when it does not fit, UnavailableError without --device's"""
     model, batch, length, precision = _asked(args)
     p = plan(model, batch, length, precision)
     where, have = _memory(args)
@@ -61,12 +61,11 @@ def _asked(args: argparse.Namespace) -> tuple[TransformerConfig, int, int, str]:
         model = decode(TransformerConfig, given["model"], "model")
     else:
         model = preset(args.preset or given.get("preset") or "llama_370m")
-    default, train = replace(TransformerTrainConfig(), **UPSTREAM_TRAIN), given.get("train", {})
-    batch = args.batch_size if args.batch_size is not None else train.get("batch_size", default.batch_size)
-    length = args.seq_length if args.seq_length is not None else train.get("max_seq_len", default.max_seq_len)
-    precision = args.precision or train.get("precision", "bf16")
-    checked = replace(default, batch_size=batch, max_seq_len=length, precision=precision)
-    return model, checked.batch_size, checked.max_seq_len, checked.precision
+    flags = {"batch_size": args.batch_size, "max_seq_len": args.seq_length, "precision": args.precision}
+    train = decode(TransformerTrainConfig,
+                   {**asdict(TransformerTrainConfig()), **UPSTREAM_TRAIN, "precision": "bf16", **given.get("train", {}),
+                    **{name: value for name, value in flags.items() if value is not None}}, "train")
+    return model, train.batch_size, train.max_seq_len, train.precision
 
 
 def _memory(args: argparse.Namespace) -> tuple[str, int | None]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from apr.config import RopeScaling, TransformerConfig, require
 from apr.device import Device
+from apr.errors import UnavailableError
 from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
 
 BAKED = ("EPS", "FACTOR", "FLOATX", "HIGH", "HS", "LOW", "NH", "NKV", "ORIGINAL", "QK_NORM", "THETA")
@@ -36,6 +37,9 @@ def rope_baked(c: TransformerConfig, storage: str) -> Baked:
     """The baked values of all four kernels. Raises ConfigError for a theta that 32 bits cannot hold exactly."""
     require("rope_theta", c.rope_theta, "a number that 32-bit floats hold exactly, since it is baked as one",
             float(np.float32(c.rope_theta)) == c.rope_theta)
+    if _group(c.HS, 4 if storage == "f32" else 2) > 32:
+        raise UnavailableError("head_dim", "half a head of at most 32 vectors, or a multiple of 4 in its half",
+                               str(c.HS), "use --device cpu")
     s = c.rope_scaling or RopeScaling(factor=1.0, low_freq_factor=0.5, high_freq_factor=1.0,
                                       original_max_position_embeddings=1)  # a factor of 1 changes nothing
     return {"EPS": float(c.rms_norm_eps), "FACTOR": float(s.factor), "FLOATX": storage,

@@ -69,7 +69,7 @@ def rows(store: PtxStore) -> Iterator[Row]:
             yield {"key": name, "bytes": 0, "entries": {}, "milliseconds": 0.0, "problem": found}
             continue
         used = found.meta.get("entries")
-        registers = {str(e): u.get("registers") for e, u in used.items()} if isinstance(used, dict) else {}
+        registers = {str(e): u.get("registers") for e, u in sorted(used.items())} if isinstance(used, dict) else {}
         yield {"key": found.key, "bytes": len(found.image), "entries": registers,
                "milliseconds": found.meta.get("milliseconds", 0.0), "problem": ""}
 

@@ -33,13 +33,13 @@ class CudaTransformerTrainer(Trainer):
     """Trains a decoder on a GPU, in bf16 with float32 master weights or in float32 throughout (config.precision).
 
     `device`: a Device, or None for the first GPU. `graphs` False launches every kernel by itself; `poison` fills every
-    buffer with NaN before a pass that must write it first. `chosen`: algorithms of matrix products that a checkpoint
-    recorded. Raises UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit, ConfigError and
-    UnavailableError for a model that the kernels do not cover.
+    buffer with NaN before a pass that must write it first. `chosen`: the algorithms of matrix products that a
+    checkpoint recorded. Raises UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit,
+    ConfigError and UnavailableError for a model that the kernels do not cover.
     """
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
-                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, str] | None = None) -> None:
+                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None) -> None:
         super().__init__(model, config)
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
@@ -109,8 +109,8 @@ class CudaTransformerTrainer(Trainer):
         self.step = step
 
     def record(self) -> dict[str, Any]:
-        """The algorithms of the matrix products."""
-        return {"gemm": dict(self.gemm.choices)}
+        """The algorithms of the matrix products, and what they are of."""
+        return {"gemm": self.gemm.record()}
 
     def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
         dev, arena = self.dev, self.arena

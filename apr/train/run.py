@@ -209,7 +209,15 @@ def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], war
         with RunLog(run_dir, sinks, saved.log_bytes) as log:
             log(checkpoint_event(saved.step, saved.artifact))
             log({"event": "resume", "step": saved.step, "checkpoint": found.path.name})
+            if _machine(saved.trainer) != _machine(trainer.record()):
+                log({"event": "note", "step": saved.step, "text": "resumed on another kind of device: the last bits of "
+                     "what follows differ from a run that stayed"})
             return _loop(config, run_dir, log, trainer, corpus, saved)
+
+
+def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
+    gemm = record.get("gemm", {})
+    return gemm.get("gpu"), gemm.get("cublaslt")
 
 
 def _decode_state(found: checkpoint.Checkpoint) -> SavedState:

@@ -1,4 +1,4 @@
-"""Launch checks: an argument fits its declaration exactly or is refused by name; and the bytes that a kernel receives."""
+"""Launch checks: an argument fits its declaration exactly or is refused by name; and the bytes a kernel receives."""
 
 import struct
 from types import SimpleNamespace
@@ -41,9 +41,9 @@ def launched(monkeypatch):
 
 
 def good() -> dict:
-    return {"out": Array(np.uint16, 0x1122334455667788), "skip": None, "ids": Array(np.int32, 3), "step": Array("f8", 4),
-            "n": np.int32(-5), "eps": np.float32(1e-6), "size": np.int64(1 << 40), "beta": np.float64(0.1),
-            "flag": np.uint8(7)}
+    return {"out": Array(np.uint16, 0x1122334455667788), "skip": None, "ids": Array(np.int32, 3),
+            "step": Array("f8", 4), "n": np.int32(-5), "eps": np.float32(1e-6), "size": np.int64(1 << 40),
+            "beta": np.float64(0.1), "flag": np.uint8(7)}
 
 
 def launch(arguments, storage="bf16", grid=(3,), block=(128,), **options) -> None:
@@ -63,7 +63,7 @@ def test_the_bytes_that_a_kernel_receives(launched):
 
 @pytest.mark.parametrize(("name", "value", "words"), [
     ("out", Array(np.float32), ["dtype uint16", "float32"]), ("out", Array(np.int16), ["dtype uint16", "int16"]),
-    ("out", Array(np.float16), ["dtype uint16"]), ("out", Array(np.uint16, contiguous=False), ["contiguous", "strided"]),
+    ("out", Array(np.float16), ["dtype uint16"]), ("out", Array("u2", contiguous=False), ["contiguous", "strided"]),
     ("out", None, ["a device array of floatX*", "NoneType"]), ("ids", None, ["const i32*", "NoneType"]),
     ("skip", Array(np.float64), ["dtype float32", "float64"]), ("skip", Array("f4", contiguous=False), ["contiguous"]),
     ("out", np.zeros(4, np.uint16), ["give an array on the GPU", "ndarray"]), ("ids", 1 << 40, ["array", "int"]),

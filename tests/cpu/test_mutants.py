@@ -32,7 +32,7 @@ class Copies:
         self.pool = ThreadPoolExecutor(WORKERS)
         self.runs: dict[str, Future] = {}
         for n in range(WORKERS):
-            for name in ("apr", "tests"):
+            for name in ("apr", "tests", "kernels"):
                 shutil.copytree(ROOT / name, folder / str(n) / name, ignore=shutil.ignore_patterns("__pycache__"))
             shutil.copy(ROOT / "pyproject.toml", folder / str(n))
             self.free.put(folder / str(n))

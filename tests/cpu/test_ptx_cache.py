@@ -26,6 +26,12 @@ def make(tmp_path, monkeypatch):
     return lambda arch="sm_90a", folder="cache": small_cache(tmp_path / folder, tmp_path / "kernels", arch)
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """No test touches the user's cache."""
+    monkeypatch.setenv("APR_CACHE_DIR", str(tmp_path / "user"))
+
+
 def key(cache, baked=BAKED, spec=SPEC) -> str:
     return cache.recipe(spec, baked).key
 

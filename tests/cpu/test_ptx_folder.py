@@ -157,6 +157,15 @@ def test_F9_a_folder_that_is_a_link(make, tmp_path):
     assert refused(make(), tmp_path / "cache", "it is a link") and list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_F9_a_folder_whose_owner_is_not_the_one_who_runs(make, tmp_path, monkeypatch):
+    make().build(SPEC, BAKED)
+    user = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    cache = make()
+    assert cache.store.path is None and f"it belongs to user {user}" in cache.counts.warnings[0]
+    assert cache.build(SPEC, BAKED).image and cache.counts.compiled == 1
+
+
 @ROOT_ONLY
 def test_F9_a_folder_of_another_user(make, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o700)

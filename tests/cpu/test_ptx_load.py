@@ -5,6 +5,8 @@ The driver is made of Python.
 
 import gc
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +82,21 @@ def test_a_broken_device_is_not_blamed_on_the_entry(make, tmp_path, loads, code,
     with pytest.raises(kind):
         cache.get(SPEC, BAKED)
     assert (cache.counts.compiled, cache.counts.rejected) == (0, 0) and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_threads_that_ask_at_once_get_one_kernel(make, loads, monkeypatch):
+    compile_text = ptx_cache.compile_text
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return compile_text(*arguments)
+
+    monkeypatch.setattr(ptx_cache, "compile_text", slow)
+    cache = make()
+    with ThreadPoolExecutor(8) as pool:
+        kernels = list(pool.map(lambda _: cache.get(SPEC, BAKED), range(8)))
+    assert len(loads.images) == 1 and cache.counts.compiled == 1
+    assert len({k.key for k in kernels}) == 1 and len({id(k.module) for k in kernels}) == 1
 
 
 def test_F12_caches_of_two_devices_share_no_loaded_module(make, loads):

@@ -10,8 +10,8 @@ COMPOSITIONS = {"block", "model"}
 # The residual addition is part of the norm that follows it: its kernel and op are that op's. (It has a GPU test and a
 # benchmark of its own.)
 FUSED = {"residual": "rmsnorm"}
-# And contracts of things that are no ops (none yet).
-NOT_OPS: set[str] = set()
+# And contracts of things that are no ops.
+NOT_OPS = {"ptx_cache", "buffers"}
 
 
 def stems(pattern: str) -> set[str]:

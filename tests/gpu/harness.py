@@ -1,12 +1,12 @@
 """What the tests of kernels share: guarded device arrays, bf16, the judge, and the naive bf16 that it judges by.
 
-An array lies between two bands of NaN (all bits set). What a kernel must write starts as NaN too, so a missed element is
-seen; what it must add to starts as random numbers, so `=` for `+=` is seen; what it only reads must stay as it was.
+An array lies between two bands of NaN (all bits set). What a kernel must write starts as NaN too, so a missed element
+is seen; what it must add to starts as random numbers, so `=` for `+=` is seen; what it only reads must stay as it was.
 
-The judge, by relative L2 against the reference in float64 on the same (rounded) inputs. float32: at most the gate of the
-op's contract. bf16: at most TWICE the error of a naive bf16 computation, which is the reference in float32 with the
-result of every op, and what an op keeps in between, rounded to bf16. Results that stay float32 in bf16 training are held
-to the float32 gate wherever the kernel rounds nothing on the way.
+The judge, by relative L2 against the reference in float64 on the same (rounded) inputs. float32: at most the gate of
+the op's contract. bf16: at most TWICE the error of a naive bf16 computation, which is the reference in float32 with the
+result of every op, and what an op keeps in between, rounded to bf16. Results that stay float32 in bf16 training are
+held to the float32 gate wherever the kernel rounds nothing on the way.
 """
 
 from collections.abc import Callable

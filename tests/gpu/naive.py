@@ -1,7 +1,7 @@
 """Naive bf16: the reference in float32 with every op's result, and what an op keeps in between, rounded to bf16.
 
-What a bf16 kernel is allowed is twice the error of this (harness.judge). Attention needs a version of its own, since its
-intermediate results are inside; the others are the reference's functions with their results rounded.
+What a bf16 kernel is allowed is twice the error of this (harness.judge). Attention needs a version of its own, since
+its intermediate results are inside; the others are the reference's functions with their results rounded.
 """
 
 import numpy as np

@@ -93,7 +93,7 @@ class Recorder:
             write(self.path, self.facts(), self.passed, time.monotonic() - self.start, self.tested)
             self.said = f"receipt written: {self.path}"
         else:
-            self.said = (self.said + "; " if self.said else "") + "no receipt: not a full run in which everything passed"
+            self.said += ("; " if self.said else "") + "no receipt: not a full run in which everything passed"
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
         """Say what became of the receipt."""

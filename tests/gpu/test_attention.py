@@ -1,4 +1,4 @@
-"""The attention kernels, both families: every head size of the presets, grouped heads, tails, and what a mask promises."""
+"""The attention kernels, both families: every head size of the presets, grouped heads, tails, the mask."""
 
 from dataclasses import replace
 

@@ -27,9 +27,9 @@ from apr.taps import tap_name
 
 LAYER = 1
 REAL = replace(qwen2_0_5b, num_hidden_layers=2, vocab_size=128, max_position_embeddings=64)
-CONFIGS = {**FAMILIES, "llama_32": replace(FAMILIES["llama"], head_dim=32), "qwen2_64": replace(
-    FAMILIES["qwen2"], num_attention_heads=14, head_dim=64), "qwen3_128": replace(FAMILIES["qwen3"], head_dim=128),
-    "qwen2_0_5b": REAL}
+GROUPED = replace(FAMILIES["qwen2"], num_attention_heads=14, head_dim=64, max_position_embeddings=256)
+CONFIGS = {**FAMILIES, "llama_32": replace(FAMILIES["llama"], head_dim=32), "qwen2_64": GROUPED,
+           "qwen3_128": replace(FAMILIES["qwen3"], head_dim=128), "qwen2_0_5b": REAL}
 CASES = [("fp32", name, 2, 17) for name in CONFIGS] + [("fp32", "qwen2", 1, 1), ("fp32", "qwen2_64", 3, 33)] + [
     ("bf16", name, 2, 17) for name in CONFIGS if CONFIGS[name].HS >= 32] + [("bf16", "qwen2_64", 1, 129)]
 NAMES = ["-".join(map(str, case)) for case in CASES]

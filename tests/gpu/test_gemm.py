@@ -94,23 +94,33 @@ def test_gemm_uses_the_choices_that_it_is_given(dev, storage):
     name = shape.name(0.0)
     assert list(first.choices) == [name]
     desc, layouts = first._describe(shape)
-    others = [bytes(first_bytes(a)).hex() for a in first.candidates(desc, layouts, name, 16)]
+    others = [algorithm_bytes(a).hex() for a in first.candidates(desc, layouts, name, 16)]
     other = next(o for o in others if o != first.choices[name])
-    given = Gemm(dev, workspace, {name: other})
+    given = Gemm(dev, workspace, {**first.record(), "algorithms": {name: other}})
     product(dev, given, storage)
     assert given.choices == {name: other}, "the choice given was not used"
-    again = Gemm(dev, workspace, first.choices)
-    assert (product(dev, again, storage)[0] == bits).all() and again.choices == first.choices
+    again = Gemm(dev, workspace, first.record())
+    assert (product(dev, again, storage)[0] == bits).all() and again.record() == first.record()
 
 
-def first_bytes(algo):
+@pytest.mark.parametrize("foreign", [{"gpu": "another GPU"}, {"cublaslt": 1}])
+def test_gemm_does_not_use_the_choices_of_another_gpu_or_library(dev, foreign):
+    """They mean nothing here, so not even nonsense among them matters."""
+    workspace = dev.empty((WORKSPACE,), "u8")
+    record = {**Gemm(dev, workspace).record(), "algorithms": {"128x256x128-TN-bf16-bf16-0": "ff" * 64}, **foreign}
+    product(dev, Gemm(dev, workspace, record))
+
+
+def algorithm_bytes(algo):
     """The 64 bytes of an algorithm."""
     return b"".join(int(word).to_bytes(8, "little") for word in algo.data)
 
 
 @pytest.mark.parametrize("damaged", ["ff" * 64, "00" * 3, "not hex"], ids=["nonsense", "short", "no_hex"])
 def test_gemm_refuses_a_damaged_choice(dev, damaged):
-    gemm = Gemm(dev, dev.empty((WORKSPACE,), "u8"), {"128x256x128-TN-bf16-bf16-0": damaged})
+    workspace = dev.empty((WORKSPACE,), "u8")
+    record = {**Gemm(dev, workspace).record(), "algorithms": {"128x256x128-TN-bf16-bf16-0": damaged}}
+    gemm = Gemm(dev, workspace, record)
     with pytest.raises(AprError, match="128x256x128-TN-bf16-bf16-0"):
         product(dev, gemm)
 

@@ -82,7 +82,9 @@ def test_stop_at_k_and_resume_is_the_same_run(dev, folder, run_yaml, whole, tmp_
 
 def test_a_checkpoint_keeps_the_algorithms_of_the_products(dev, folder, whole):
     state = checkpoint.latest(folder / "whole-gpu" / "ckpt", print).state
-    assert state["trainer"]["gemm"] and all(len(v) == 128 for v in state["trainer"]["gemm"].values())
+    record = state["trainer"]["gemm"]
+    assert record["gpu"] == dev.name and record["cublaslt"] > 0
+    assert record["algorithms"] and all(len(v) == 128 for v in record["algorithms"].values())
 
 
 def test_a_cpu_run_goes_on_on_the_gpu_and_back(dev, folder, run_yaml, tmp_path):
