@@ -22,10 +22,9 @@ def forward_bytes(B: int, T: int, NH: int, NKV: int, HS: int, s: int) -> int:
 
 
 def backward_bytes(B: int, T: int, NH: int, NKV: int, HS: int, s: int) -> int:
-    """delta, what dkv and dq read, and dqkv, which they write between them. In float32 delta reads what they read."""
+    """delta, what dkv and dq read, and dqkv, which they write between them."""
     qkv, out = (NH + 2 * NKV) * HS, NH * HS
-    delta = qkv + out if s == 4 else 2 * out
-    return s * B * T * delta + 2 * s * B * T * (qkv + out) + s * B * T * qkv
+    return 2 * s * B * T * out + 2 * s * B * T * (qkv + out) + s * B * T * qkv
 
 
 def forward_flops(B: int, T: int, NH: int, HS: int) -> int:

@@ -2,7 +2,7 @@
 //
 // MATH      score_ij = scale * q_i . k_j for j <= i           lse_i = log(sum_j exp(score_ij))
 //           prob_ij  = exp(score_ij - lse_i)                  out_i = sum_j prob_ij v_j
-//           dprob_ij = dout_i . v_j                           delta_i = sum_j prob_ij dprob_ij (= dout_i . out_i)
+//           dprob_ij = dout_i . v_j                           delta_i = dout_i . out_i (= sum_j prob_ij dprob_ij)
 //           dscore_ij = prob_ij * (dprob_ij - delta_i)        dq_i = scale * sum_j dscore_ij k_j
 //           dk_j = scale * sum_i dscore_ij q_i                dv_j = sum_i prob_ij dout_i     (both over G query heads)
 // SOURCE    Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (GQA), arXiv:2305.13245; online softmax:
@@ -12,13 +12,12 @@
 // WRITES    forward out = lse =   delta: delta =   dkv: the key and value columns of dqkv =   dq: the query columns =
 // BAKED     FLOATX (f32), HS (even, <= 128), NH, NKV      RUNTIME  T >= 1, scale
 // LAUNCH    forward  grid (ceil(T/32), NH,  B)   block (128)   32 queries per block
-//           delta    grid (ceil(T/32), NH,  B)   block (128)   32 queries per block
+//           delta    grid (ceil(T/16), NH,  B)   block (128)   16 rows per block, 8 lanes per row
 //           dkv      grid (ceil(T/32), NKV, B)   block (128)   32 keys per block
 //           dq       grid (ceil(T/32), NH,  B)   block (128)   32 queries per block
-//           dynamic shared bytes: forward 384*(HS + 4) + 4608, delta, dq 512*(HS + 4) + 4608, dkv 512*(HS + 4) + 9472
-// MEMORY    at least forward 4BT(QKV + NH*HS), delta, dkv and dq 4BT(QKV + NH*HS) read and what they write
-// FLOPS     B*NH*HS*T^2 times 2 (forward), 2 (delta), 4 (dkv), 3 (dq): score and dprob three times, as dq is summed
-//           without atomics and delta from prob and dprob
+//           dynamic shared bytes: forward 384*(HS + 4) + 4608, dq 512*(HS + 4) + 4608, dkv 512*(HS + 4) + 9472, delta 0
+// MEMORY    at least forward 4BT(QKV + NH*HS), delta 8BT*NH*HS, dkv and dq 4BT(QKV + NH*HS) read and what they write
+// FLOPS     B*NH*HS*T^2 times 2 (forward), 4 (dkv), 3 (dq): score and dprob twice, as dq is summed without atomics
 // NUMERICS  float products and sums, expf, logf; fixed order of sums (bit-reproducible)
 // CONTRACT  contracts/attention-v1.yaml      REFERENCE  apr/reference/attention.py
 #include "common.cuh"
@@ -157,42 +156,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) attention_forward(
     store_rows<OUT>(out + (token0 + row0) * OUT + at.head * HS, acc, T - row0, total);
 }
 
-// delta_i = sum_j prob_ij dprob_ij, from the very numbers that dkv and dq use, and not dout . out, which is cheaper:
-// where a softmax is peaked, dprob - delta nearly cancels, and the rounding of dprob must cancel with it.
-extern "C" __global__ void __launch_bounds__(THREADS, 3) attention_backward_delta(
-    f32* __restrict__ delta, const floatX* __restrict__ qkv, const floatX* __restrict__ dout,
-    const f32* __restrict__ lse, i32 T, f32 scale) {
-    extern __shared__ __align__(16) f32 shared[];
-    f32 *queries = shared, *douts = queries + TILE_SIZE, *keys = douts + TILE_SIZE, *values = keys + TILE_SIZE;
-    const Place at = place();
+extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_delta(
+    f32* __restrict__ delta, const floatX* __restrict__ out, const floatX* __restrict__ dout, i32 T) {
+    const i32 row = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES;
     const int lane = threadIdx.x % LANES;
-    const i32 row0 = ((i32)gridDim.x - 1 - at.rank) * TILE, row = row0 + threadIdx.x / LANES * ROWS;
-    const i64 token0 = (i64)at.batch * T, stat = ((i64)at.batch * NH + at.head) * T + row;
-    const f32* key_head = qkv + token0 * QKV + (NH + at.head / G) * HS;
-
-    load_tile<QKV>(queries, qkv + (token0 + row0) * QKV + at.head * HS, T - row0);
-    load_tile<OUT>(douts, dout + (token0 + row0) * OUT + at.head * HS, T - row0);
-    f32 log_sum[ROWS] = {}, sum[ROWS] = {};
-    UNROLL for (int r = 0; r < ROWS; r++)
-        if (row + r < T) log_sum[r] = lse[stat + r];
-    for (i32 key0 = 0; key0 <= row0; key0 += TILE) {
-        __syncthreads();                                             // the last tiles are no longer read
-        load_tile<QKV>(keys, key_head + (i64)key0 * QKV, T - key0);
-        load_tile<QKV>(values, key_head + (i64)key0 * QKV + NKV * HS, T - key0);
-        __syncthreads();
-        f32 p[ROWS][COLS], dp[ROWS][COLS];
-        multiply_transposed(p, queries, keys);
-        multiply_transposed(dp, douts, values);
-        UNROLL for (int i = 0; i < ROWS * COLS; i++) {
-            const int r = i / COLS, c = i % COLS;
-            const bool seen = key0 + lane + c * LANES <= row + r && row + r < T;
-            sum[r] += seen ? expf(p[r][c] * scale - log_sum[r]) * dp[r][c] : 0.0f;
-        }
+    const i64 first = ((i64)blockIdx.z * T + row) * OUT + blockIdx.y * HS;
+    f32 part[W] = {};
+    for (int c = lane * W; c < HS && row < T; c += LANES * W) {
+        const Vector a = *(const Vector*)(out + first + c), b = *(const Vector*)(dout + first + c);
+        UNROLL for (int w = 0; w < W; w++) part[w] = fmaf(a[w], b[w], part[w]);
     }
-    UNROLL for (int r = 0; r < ROWS; r++) {
-        sum[r] = warp_sum<LANES>(sum[r]);
-        if (lane == 0 && row + r < T) delta[stat + r] = sum[r];
-    }
+    const float sum = warp_sum<LANES>(total_of(part));
+    if (lane == 0 && row < T) delta[((i64)blockIdx.z * NH + blockIdx.y) * T + row] = sum;
 }
 
 // Rows are keys and columns are queries here.

@@ -34,11 +34,9 @@ class Family:
         """Forward, delta, dkv, dq."""
         gradient = ("dqkv:floatX*", "qkv:const floatX*", "dout:const floatX*", "lse:const f32*", "delta:const f32*",
                     "T:i32", "scale:f32")
-        delta = (("delta:f32*", "out:const floatX*", "dout:const floatX*", "T:i32") if self is BF16 else
-                 ("delta:f32*", "qkv:const floatX*", "dout:const floatX*", "lse:const f32*", "T:i32", "scale:f32"))
         return (self.spec("attention_forward", "out:floatX*", "lse:f32*", "qkv:const floatX*", "T:i32", "scale:f32"),
-                self.spec("attention_backward_delta", *delta), self.spec("attention_backward_dkv", *gradient),
-                self.spec("attention_backward_dq", *gradient))
+                self.spec("attention_backward_delta", "delta:f32*", "out:const floatX*", "dout:const floatX*", "T:i32"),
+                self.spec("attention_backward_dkv", *gradient), self.spec("attention_backward_dq", *gradient))
 
     def shared(self, HS: int) -> tuple[int, int, int]:
         """Dynamic shared bytes of forward, dkv and dq."""
@@ -90,11 +88,7 @@ def attention_backward(dev: Device, dqkv: Any, delta: Any, dout: Any, qkv: Any, 
     family, baked = FAMILIES[storage], attention_baked(config, storage)
     _, delta_spec, dkv, dq = family.specs
     _, dkv_shared, dq_shared = family.shared(config.HS)
+    dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), config.NH, B), (128,), (delta, out, dout, np.int32(T)))
     arguments = (dqkv, qkv, dout, lse, delta, np.int32(T), np.float32(scale))
-    if family is BF16:
-        dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), config.NH, B), (128,), (delta, out, dout, np.int32(T)))
-    else:
-        dev.launch(delta_spec, baked, (blocks(T, family.rows), config.NH, B), (128,),
-                   (delta, qkv, dout, lse, np.int32(T), np.float32(scale)), dq_shared)
     dev.launch(dkv, baked, (blocks(T, family.rows), config.NKV, B), (128,), arguments, dkv_shared)
     dev.launch(dq, baked, (blocks(T, family.rows), config.NH, B), (128,), arguments, dq_shared)

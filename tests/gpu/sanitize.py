@@ -1,5 +1,7 @@
 """Every kernel under compute-sanitizer: python tests/gpu/sanitize.py [TOOL …] runs the tools and demands no finding.
 
+The tools run side by side, each with its own process: they take minutes.
+
 Under each tool a process trains, evaluates and scores small models of all families, in float32 and bf16, at lengths of
 1, 17, 127 and 129 and widths that no vector fits. Kernels run one by one; every buffer is an allocation of its own, so
 that memcheck sees the end of each. racecheck looks at shared memory, initcheck at device memory nobody wrote.
@@ -10,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -50,17 +53,20 @@ def main() -> int:
     if sanitizer is None:
         print("compute-sanitizer is not installed (it comes with the CUDA toolkit)", file=sys.stderr)
         return 9
-    for tool in sys.argv[1:] or TOOLS:
-        run = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--work"],
-                             capture_output=True, text=True, cwd=ROOT, check=False)
-        output = run.stdout + run.stderr
-        summary = re.findall(r"={3,} (.*SUMMARY.*)", output)
-        cases = len(re.findall(r"^(?:fp32|bf16) ", output, re.M))
-        ok = run.returncode == 0 and cases == 10 and summary and re.search(r"SUMMARY: 0 |\(0 errors", summary[-1])
-        print(f"{tool}: {summary[-1] if summary else 'no summary'}; {cases} of 10 models", flush=True)
-        if not ok:
-            failed = True
-            print(output[:6000], flush=True)
+    tools = sys.argv[1:] or TOOLS
+    with ThreadPoolExecutor(len(tools)) as pool:
+        runs = pool.map(lambda tool: subprocess.run(
+            [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, __file__, "--work"],
+            capture_output=True, text=True, cwd=ROOT, check=False), tools)
+        for tool, run in zip(tools, runs, strict=True):
+            output = run.stdout + run.stderr
+            summary = re.findall(r"={3,} (.*SUMMARY.*)", output)
+            cases = len(re.findall(r"^(?:fp32|bf16) ", output, re.M))
+            ok = run.returncode == 0 and cases == 10 and summary and re.search(r"SUMMARY: 0 |\(0 errors", summary[-1])
+            print(f"{tool}: {summary[-1] if summary else 'no summary'}; {cases} of 10 models", flush=True)
+            if not ok:
+                failed = True
+                print(output[:6000], flush=True)
     return int(failed)
 
 

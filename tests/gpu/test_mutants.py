@@ -58,7 +58,8 @@ class Copies:
 
     def python(self, copy: Path, *arguments: str) -> subprocess.CompletedProcess:
         """Python in a copy, which stands before the installed apr."""
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OPENBLAS_NUM_THREADS": "2",
+        packages = [p for p in sys.path if p and not Path(p).is_relative_to(ROOT)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(copy), *packages]), "OPENBLAS_NUM_THREADS": "2",
                        "APR_CACHE_DIR": str(self.kernels), "PYTHONDONTWRITEBYTECODE": "1",
                        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         return subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True,
