@@ -20,7 +20,7 @@ SIZES = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "u8": 1}
 STORAGE = {"fp32": "f32", "bf16": "bf16"}  # floatX of each precision
 LOGITS_BYTES = 5 << 29  # the head works on as many rows at a time as fit in this (2.5 GiB)
 WORKSPACE = 32 << 20  # bytes that cuBLASLt may use on Hopper; its best products want all of it
-PARTS = 512  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
+PARTS = 1024  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
 STATS = 4  # float64 that a step reads back: sum of losses, gradient norm, applied, updates so far
 
 
@@ -119,7 +119,7 @@ def _buffers(c: TransformerConfig, B: int, T: int, X: str, rows: int) -> Iterato
     yield BufferSpec("dact", (N, c.F), X, "scratch", "act")
     yield BufferSpec("delta", (B, c.NH, T), "f32", "scratch")
     yield BufferSpec("partial", (PARTS, max(c.C, c.QKV, 2 * c.HS)), "f32", "scratch")
-    yield BufferSpec("norm_partial", (2 * PARTS,), "f64", "scratch")
+    yield BufferSpec("norm_partial", (PARTS,), "f64", "scratch")
     yield BufferSpec("cos", (T, c.HS // 2), "f32", "scratch")
     yield BufferSpec("sin", (T, c.HS // 2), "f32", "scratch")
 

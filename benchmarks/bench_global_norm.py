@@ -25,7 +25,7 @@ def norm(name: str, c: TransformerConfig) -> Case:
     where = layout(c)
 
     def setup(b: Bench) -> Work:
-        grads, result, partial = b.random((where.size,), "f32"), b.empty((1,), "f64"), b.empty((2 * PARTS,), "f64")
+        grads, result, partial = b.random((where.size,), "f32"), b.empty((1,), "f64"), b.empty((PARTS,), "f64")
 
         def peers(p: Any) -> Any:
             flat = p.tensor(grads)

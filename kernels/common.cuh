@@ -85,19 +85,19 @@ __device__ __forceinline__ float block_sum(float x) {
 }
 
 // out[column] += sum over the parts of partial[part * stride + column], column < width: the second half of a sum over
-// rows. 32 columns per block of (32, 8) threads; each of the 8 takes every 8th part, then they are added in order.
+// rows. 32 columns per block of (32, 32) threads; each row of 32 takes every 32nd part, then they are added in order.
 __device__ __forceinline__ void add_parts(f32* __restrict__ out, const f32* __restrict__ partial, int parts, int width,
                                           int stride) {
-    __shared__ float sums[8][32];
+    __shared__ float sums[32][32];
     const int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < width)
-        for (int part = threadIdx.y; part < parts; part += 8) sum += partial[(i64)part * stride + column];
+        for (int part = threadIdx.y; part < parts; part += 32) sum += partial[(i64)part * stride + column];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && column < width) {
 #pragma unroll
-        for (int lane = 1; lane < 8; lane++) sum += sums[lane][threadIdx.x];
+        for (int lane = 1; lane < 32; lane++) sum += sums[lane][threadIdx.x];
         out[column] += sum;
     }
 }

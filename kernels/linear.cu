@@ -6,7 +6,7 @@
 // BAKED     O, FLOATX      RUNTIME  N
 // LAUNCH    bias_forward      grid (ceil(N*O/W / 256))   block (256)     W = elements of one access
 //           bias_backward     grid (PARTS)               block (128)     rows part, part + PARTS, …
-//           bias_sum_backward grid (ceil(O/32))          block (32, 8)
+//           bias_sum_backward grid (ceil(O/32))          block (32, 32)
 // MEMORY    forward 2NOs bytes, backward NOs + 4PO, sum 4PO + 8O, s = bytes of floatX
 // FLOPS     NO each: bandwidth bound
 // NUMERICS  sums in float in a fixed order: bit-reproducible

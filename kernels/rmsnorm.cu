@@ -14,7 +14,7 @@
 // BAKED     C, EPS, BLOCK (multiple of 32, <= 1024), FLOATX      RUNTIME  N
 // LAUNCH    forward          grid (N)            block (BLOCK)     one row per block
 //           backward         grid (PARTS)        block (BLOCK)     rows part, part + PARTS, …
-//           weight_backward  grid (ceil(C/32))   block (32, 8)
+//           weight_backward  grid (ceil(C/32))   block (32, 32)
 // MEMORY    forward 4NCs + 4N bytes with an update (2NCs without), backward 5NCs + 4N + 4PC, weight_backward 4PC + 8C
 // FLOPS     forward 5NC, backward 12NC: bandwidth bound
 // NUMERICS  the mean is of the stored (rounded) residual, so that backward sees what forward saw; sums in float in a

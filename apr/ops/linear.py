@@ -44,4 +44,4 @@ def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:
     (n, o), parts = dout.shape, partial.shape[0]
     baked = linear_baked(o, floatx(dout))
     dev.launch(BIAS_BACKWARD, baked, (parts,), (128,), (partial, dout, np.int32(n)))
-    dev.launch(BIAS_SUM_BACKWARD, baked, (blocks(o, 32),), (32, 8), (dbias, partial, np.int32(parts)))
+    dev.launch(BIAS_SUM_BACKWARD, baked, (blocks(o, 32),), (32, 32), (dbias, partial, np.int32(parts)))

@@ -50,4 +50,4 @@ def rmsnorm_backward(dev: Device, dinp: Any, dweight: Any, out: Any, partial: An
     baked, parts = rmsnorm_baked(c, eps, floatx(dinp)), partial.shape[0]
     dev.launch(BACKWARD, baked, (parts,), (int(baked["BLOCK"]),),
                (dinp, out, partial, dout, dresidual, inp, weight, rstd, np.int32(n)))
-    dev.launch(WEIGHT_BACKWARD, baked, (blocks(c, 32),), (32, 8), (dweight, partial, np.int32(parts)))
+    dev.launch(WEIGHT_BACKWARD, baked, (blocks(c, 32),), (32, 32), (dweight, partial, np.int32(parts)))

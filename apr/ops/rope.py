@@ -79,7 +79,7 @@ def rope_backward(dev: Device, dinp: Any, q_dweight: Any, k_dweight: Any, partia
     dev.launch(BACKWARD, baked, (parts,), (256,),
                (dinp, partial, dout, inp, w.q_weight, w.k_weight, w.rstd, cos, sin, np.int32(n), np.int32(T)))
     if norm is not None:
-        dev.launch(WEIGHT_BACKWARD, baked, (blocks(config.HS, 32), 2), (32, 8),
+        dev.launch(WEIGHT_BACKWARD, baked, (blocks(config.HS, 32), 2), (32, 32),
                    (q_dweight, k_dweight, partial, np.int32(parts)))
 
 
