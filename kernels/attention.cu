@@ -32,7 +32,7 @@ constexpr int TILE = 64;                         // rows of a shared tile: the k
 constexpr int STRIDE = HS + 8;                   // an odd number of 16-byte units: no bank conflicts in ldmatrix
 constexpr int STAGE = 2 * TILE * STRIDE;         // two tiles that are used together; two stages, one filled meanwhile
 constexpr int FORWARD_ROWS = 128, FORWARD_THREADS = 256, THREADS = 128, DELTA_LANES = 8;
-constexpr int SUB = HS > 96 ? 16 : 32;           // score columns that a warp of the backward keeps in registers
+constexpr int DKV_SUB = HS > 96 ? 16 : HS > 64 ? 32 : 64, DQ_SUB = HS > 96 ? 16 : 32;  // score columns in registers
 constexpr float LOG2E = 1.4426950408889634f;     // exp(x) = exp2(x * LOG2E)
 static_assert(FORWARD_ROWS == 2 * TILE && THREADS == 2 * TILE && STRIDE / 8 % 2 == 1, "tiles");
 extern __shared__ __align__(16) bf16 shared[];
@@ -50,10 +50,11 @@ DEVICE u32 pack(float low, float high) {
     return pair;
 }
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-// Copies in the background; writes zeros and reads nothing if not inside.
-template <int BYTES> DEVICE void copy(void* to, const void* from, bool inside) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
-                 ::"r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(inside ? BYTES : 0) : "memory");
+// Copies 16 bytes or 4 in the background; writes zeros and reads nothing if not inside.
+template <int BYTES> DEVICE void copy(void* to, const void* p, bool inside) {
+    const u32 a = shared_address(to), n = inside ? BYTES : 0;
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(a), "l"(p), "r"(n) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(a), "l"(p), "r"(n) : "memory");
 }
 // After this the block's copies have landed, and all its threads are done with what they read before.
 DEVICE void copy_barrier() { asm volatile("cp.async.wait_all;" ::: "memory"); __syncthreads(); }
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_delta(
 }
 
 // Rows are keys and columns are queries here, so prob and dscore come out transposed, as left operands of the sums.
-extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 3 : 2) attention_backward_dkv(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attention_backward_dkv(
     floatX* __restrict__ dqkv, const floatX* __restrict__ qkv, const floatX* __restrict__ dout,
     const f32* __restrict__ lse, const f32* __restrict__ delta, i32 T, f32 scale) {
     f32* stats = (f32*)(shared + 2 * STAGE);                               // two stages of TILE lse and TILE delta
@@ -234,22 +235,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 3 : 2) attentio
         copy_barrier();
         if (next_group < G) load_queries(stage ^ 1, next_group, next_row);
 #pragma unroll 1
-        for (int sub = 0; sub < TILE; sub += SUB) {
-            if (row0 + sub + SUB <= warp_key) continue;                    // all queries are before the warp's keys
+        for (int sub = 0; sub < TILE; sub += DKV_SUB) {
+            if (row0 + sub + DKV_SUB <= warp_key) continue;                // all queries are before the warp's keys
             const bf16* queries = shared + stage * STAGE + sub * STRIDE;
             const auto* stat = (const Vec<f32, 2>*)(stats + stage * 2 * TILE + sub) + lane % 4;
-            f32 p[SUB / 8][4] = {}, ds[SUB / 8][4] = {};
-            multiply_transposed<SUB>(p, keys, queries);
-            multiply_transposed<SUB>(ds, values, queries + TILE * STRIDE);
-            mask_later_keys<SUB, true>(p, row0 + sub - warp_key);
-            UNROLL for (int i = 0; i < SUB / 2; i++) {                     // queries from T on: dout and dscore are 0
+            f32 p[DKV_SUB / 8][4] = {}, ds[DKV_SUB / 8][4] = {};
+            multiply_transposed<DKV_SUB>(p, keys, queries);
+            multiply_transposed<DKV_SUB>(ds, values, queries + TILE * STRIDE);
+            mask_later_keys<DKV_SUB, true>(p, row0 + sub - warp_key);
+            UNROLL for (int i = 0; i < DKV_SUB / 2; i++) {                 // queries from T on: dout and dscore are 0
                 const auto sum = stat[i / 4 * 4], mean = stat[TILE / 2 + i / 4 * 4];
                 float &x = p[i / 4][i % 4], &y = ds[i / 4][i % 4];
                 x = exp2_approx(fmaf(x, scale * LOG2E, -LOG2E * sum[i % 2]));
                 y = x * (y - mean[i % 2]);
             }
-            multiply_add<SUB>(dv, p, queries + TILE * STRIDE);
-            multiply_add<SUB>(dk, ds, queries);
+            multiply_add<DKV_SUB>(dv, p, queries + TILE * STRIDE);
+            multiply_add<DKV_SUB>(dk, ds, queries);
         }
         row0 = next_row, group = next_group;
     }
@@ -258,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 3 : 2) attentio
     store_rows<QKV>(to + NKV * HS, dv, T - warp_key, 1.0f, 1.0f);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 3 : 2) attention_backward_dq(
+extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 4 : 2) attention_backward_dq(
     floatX* __restrict__ dqkv, const floatX* __restrict__ qkv, const floatX* __restrict__ dout,
     const f32* __restrict__ lse, const f32* __restrict__ delta, i32 T, f32 scale) {
     const Place at = place();
@@ -282,17 +283,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, HS <= 64 ? 3 : 2) attentio
         copy_barrier();
         if (key0 + TILE < end) load_stage<QKV>(shared + STAGE - stage, keys, values, key0 + TILE, T);
 #pragma unroll 1
-        for (int sub = 0; sub < TILE; sub += SUB) {
+        for (int sub = 0; sub < TILE; sub += DQ_SUB) {
             if (key0 + sub > warp_row + 15) break;                         // all keys are later than the warp's queries
             const bf16* tile = shared + stage + sub * STRIDE;
-            f32 p[SUB / 8][4] = {}, ds[SUB / 8][4] = {};
-            multiply_transposed<SUB>(p, queries, tile);
-            multiply_transposed<SUB>(ds, douts, tile + TILE * STRIDE);
-            mask_later_keys<SUB, false>(p, key0 + sub - warp_row);
-            UNROLL for (int i = 0; i < SUB / 2; i++)
+            f32 p[DQ_SUB / 8][4] = {}, ds[DQ_SUB / 8][4] = {};
+            multiply_transposed<DQ_SUB>(p, queries, tile);
+            multiply_transposed<DQ_SUB>(ds, douts, tile + TILE * STRIDE);
+            mask_later_keys<DQ_SUB, false>(p, key0 + sub - warp_row);
+            UNROLL for (int i = 0; i < DQ_SUB / 2; i++)
                 ds[i / 4][i % 4] = exp2_approx(fmaf(p[i / 4][i % 4], scale * LOG2E, -log2_sum[i % 4 / 2])) *
                                    (ds[i / 4][i % 4] - mean[i % 4 / 2]);
-            multiply_add<SUB>(dq, ds, tile);
+            multiply_add<DQ_SUB>(dq, ds, tile);
         }
     }
     store_rows<QKV>(dqkv + ((i64)at.batch * T + warp_row) * QKV + at.head * HS, dq, T - warp_row, scale, scale);
