@@ -12,7 +12,6 @@ measures fresh processes, from their start to their first finished step, with an
 """
 
 import argparse
-import csv
 import datetime
 import gc
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import append, results_file
 
 from apr.config import TransformerTrainConfig, encode
 from apr.data.batch import LMBatch
@@ -35,6 +35,10 @@ from apr.params import param_specs
 from apr.presets import preset
 from apr.train.cuda_trainer import CudaTransformerTrainer
 
+COLUMNS = ("date", "gpu", "driver", "preset", "batch", "length", "precision", "mode", "ours_gib", "plan_gib",
+           "peer_gib", "peer_allocated_gib", "peer_compile_s", "torch", "ours_ms", "ours_tok_s", "ours_mfu",
+           "ours_of_measured", "peer_ms", "peer_tok_s", "peer_mfu", "peer_of_measured", "ratio", "first_step_cold_s",
+           "first_step_warm_s")
 PEAK, MEASURED = 989.4e12, 788e12  # bf16 FLOP/s of an H100/H200: the data sheet's, and a large product's
 GROUPS = {"embedding": "embedding", "rmsnorm": "norm + residual", "rope": "rope", "linear": "bias",
           "attention": "attention", "swiglu": "swiglu", "cross_entropy": "cross-entropy", "adamw": "AdamW",
@@ -210,15 +214,14 @@ def main() -> None:
         for group, ms in [*groups.items(), ("sum", total)]:
             print(f"{group:28}{ms:9.2f}{ms / total:8.1%}")
     if args.results:
-        path = args.results / row["gpu"].lower().replace(" ", "-") / "step.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if new:
-                writer.writeheader()
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        record(row, args.results)
     return None
+
+
+def record(row: dict[str, Any], results: Path) -> None:
+    """Append a row to the file of its GPU; a side or a measurement that was left out leaves its columns empty."""
+    plain = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+    append(results_file(results, row["gpu"], "step"), [plain], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -249,16 +249,21 @@ def report(b: Bench, ops: Mapping[str, Iterable[Case]], results: Path | None) ->
             if found:
                 print("\n".join(lines(op, case, found, best)), flush=True)
                 if results is not None:
-                    append(results / b.dev.name.lower().replace(" ", "-") / f"{op}.csv", found)
+                    append(results_file(results, b.dev.name, op), found)
             release(b)
     return code
 
 
-def append(path: Path, found: list[dict[str, Any]]) -> None:
-    """Add rows to a file, which begins with the names of its columns."""
+def results_file(results: Path, gpu: str, name: str) -> Path:
+    """Where the rows of a benchmark on this GPU are kept."""
+    return results / gpu.lower().replace(" ", "-") / f"{name}.csv"
+
+
+def append(path: Path, found: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
+    """Add rows to a file, which begins with the names of its columns; what a row lacks stays empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(found)

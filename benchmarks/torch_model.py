@@ -1,7 +1,7 @@
-"""The peer on a GPU: the same decoder in plain PyTorch, as a user of it would write it. Nothing of apr is imported.
+"""The peer: the same decoder in plain PyTorch, as a user of it would write it, for CPU and GPU. It needs no apr.
 
-Float32 weights under bf16 autocast, scaled_dot_product_attention, fused AdamW in two decay groups, clipping: the usual
-recipe. Parameters have Hugging Face's names, so a state dict is apr's dictionary of parameters.
+On a GPU: float32 weights under bf16 autocast, scaled_dot_product_attention, fused AdamW in two decay groups, clipping,
+the usual recipe. Parameters have Hugging Face's names, so a state dict is apr's dictionary of parameters.
 """
 
 from typing import Any
@@ -67,6 +67,8 @@ class Decoder(nn.Module):
 
     def __init__(self, c: dict[str, Any], t: int) -> None:
         super().__init__()
+        if c["rope_scaling"]:
+            raise SystemExit("the PyTorch peer has no rope scaling")
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(c["vocab_size"], c["hidden_size"]),
             "layers": nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"])),
@@ -94,23 +96,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+def make_optimizer(model: nn.Module, train: dict[str, Any], **options: Any) -> torch.optim.AdamW:
+    """AdamW as apr's: matrices decayed, norms and biases not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+        lr=train["lr"], betas=(train["beta1"], train["beta2"]), eps=train["adam_eps"], **options)
+
+
 class TorchTrainer:
     """The peer's training step on cuda:0; `mode` is eager, default or reduce-overhead (torch.compile's)."""
 
     def __init__(self, config: dict[str, Any], train: dict[str, Any], mode: str,
                  weights: dict[str, Any] | None = None) -> None:
-        if config["rope_scaling"]:
-            raise SystemExit("the PyTorch peer has no rope scaling")
         torch.set_float32_matmul_precision("high")
         with torch.device("cuda"):
             self.model = Decoder(config, train["max_seq_len"])
         if weights is not None:
             self.model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim == 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": train["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-            lr=train["lr"], betas=(train["beta1"], train["beta2"]), eps=train["adam_eps"], fused=True)
+        self.optimizer = make_optimizer(self.model, train, fused=True)
         self.max_norm = train["max_grad_norm"]
         compile_mode = None if mode == "default" else mode
         self.run = self.model if mode == "eager" else torch.compile(self.model, mode=compile_mode)

@@ -2,9 +2,10 @@
 
     python benchmarks/tune_gemm.py --out FOLDER [qwen2_0_5b:8x2048 llama_370m:8x2048 …]
 
-A product's candidates are timed on random data with device events, in turns, and the best median wins; it is entered
-only where it beats the library's first candidate by more than 1 %. The table goes into apr/gemm_tables, for this GPU
-and this version of the library; a run records the algorithms that it used, so a later table changes no run in progress.
+A product's candidates are timed one after the other, on random data with device events; the best median wins, and is
+entered only where it beats the library's first candidate by more than 1 %. The table goes into apr/gemm_tables, for
+this GPU and this version of the library; a run records the algorithms that it used, so a later table changes no run in
+progress.
 """
 
 import argparse

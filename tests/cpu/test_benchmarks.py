@@ -1,5 +1,6 @@
 """The benchmarks of kernels without a GPU: imports, formulas against the headers of the .cu files, launches, turns."""
 
+import csv
 import importlib
 import inspect
 import math
@@ -19,6 +20,7 @@ from apr.device import Device
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_all  # noqa: E402
+import bench_step  # noqa: E402
 import harness  # noqa: E402
 
 OPS = {module.__name__.removeprefix("bench_"): module for module in bench_all.MODULES}
@@ -252,3 +254,24 @@ def test_a_report_is_a_table_and_rows_and_survives_a_case_that_fails(bench, tmp_
     assert rows[0] == ",".join(harness.COLUMNS) and len(rows) == 3 and (tmp_path / "nvidia-h200" / "more.csv").exists()
     row = dict(zip(harness.COLUMNS, rows[1].split(","), strict=True))
     assert row["us"] == "250.0" and row["gbps"] == "4000.0" and row["tflops"] == "4000.0" and row["ratio"] == "1.0"
+
+
+def test_rows_of_whole_steps_stay_under_their_columns(tmp_path):
+    """A row without a peer, then one with everything: each value under its own name."""
+    whole = {name: i for i, name in enumerate(bench_step.COLUMNS)} | {"gpu": "Some GPU", "ours_ms": 1 / 3}
+    alone = {name: value for name, value in whole.items() if "peer" not in name and "first" not in name}
+    for row in (alone, whole):
+        bench_step.record(row, tmp_path)
+    with open(tmp_path / "some-gpu" / "step.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert second == {name: str(value) for name, value in whole.items()} | {"ours_ms": "0.33333"}
+    assert first == {name: second[name] if name in alone else "" for name in bench_step.COLUMNS}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "nvidia-h200").glob("*.csv")),
+                         ids=lambda p: p.stem)
+def test_kept_rows_have_the_columns_of_today(path):
+    columns = bench_step.COLUMNS if path.stem == "step" else harness.COLUMNS
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    assert tuple(rows[0]) == columns and len(rows) > 1 and all(len(row) == len(columns) for row in rows)
