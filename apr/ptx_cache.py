@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apr import driver, paths
-from apr.errors import AprError, KernelCacheFrozen, KernelCompileError, KernelError, KernelParamError
+from apr.errors import AprError, KernelCacheFrozen, KernelCompileError, KernelError, KernelParamError, UnavailableError
 from apr.files import PrivateFolder
 from apr.kernel import Baked, Kernel, KernelSpec, spell
 from apr.ptx_store import Entry, PtxStore
@@ -134,7 +134,7 @@ def compile_text(text: str, where: str, arch: str, options: tuple[str, ...]) -> 
     """The cubin (arch sm_…) or PTX (compute_…) of a source, and per entry registers, stack, spills, shared bytes.
 
     Needs NVRTC, but neither GPU nor driver. Raises KernelCompileError with the compiler's first message and its line;
-    a warning is an error too.
+    a warning is an error too. Raises UnavailableError for an architecture that this NVRTC is too old, or new, for.
     """
     nvrtc = driver.import_cupy().cuda.nvrtc
     program = nvrtc.createProgram(text, "kernel.cu", (), ())
@@ -148,6 +148,9 @@ def compile_text(text: str, where: str, arch: str, options: tuple[str, ...]) -> 
         log = nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
+    if "invalid value for --gpu-architecture" in log:
+        raise UnavailableError("NVRTC " + ".".join(map(str, nvrtc.getVersion())), f"a compiler that knows {arch}",
+                               "one that does not", "install the CUDA extra that fits this GPU; see 'apr doctor'")
     complaint = re.search(r"kernel\.cu\((\d+)\): (?:error|warning)[^\n]*", log)
     if failed or complaint or "warning" in log.lower() or not image:
         lines = ["", *text.split("\n")]

@@ -13,6 +13,7 @@
 // BAKED     FLOATX      RUNTIME  the rest; what changes from step to step is in device memory, so that a graph of the
 //           step can be launched again
 // LAUNCH    prepare grid (1) block (1)      update grid (ceil(size/8 / 256)) block (256)
+//           round grid (ceil(size/256)) block (256): params of weights that were loaded
 // MEMORY    update 28 bytes per parameter, 30 with a bf16 copy
 // FLOPS     about 15 per parameter: bandwidth bound
 // NUMERICS  factors in double, rounded once; the update in float, square root and division rounded correctly

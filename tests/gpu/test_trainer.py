@@ -11,7 +11,9 @@ from models import FAMILIES, random_batch, train_config
 from apr.config import IGNORE
 from apr.data.batch import LMBatch
 from apr.errors import FormatError, OutOfMemoryError, ShapeError, UnavailableError
+from apr.formats.model_file import load_model
 from apr.presets import preset
+from apr.train.build import build_cuda_trainer_with_init
 from apr.train.cuda_trainer import CudaTransformerTrainer
 from apr.train.trainer import TransformerTrainer
 
@@ -165,6 +167,20 @@ def test_tied_weights_are_one_buffer(dev):
     untied = trainer(dev, dataclasses.replace(SMALL, tie_word_embeddings=False))
     assert untied.net.matrix("params", untied.net.head).data.ptr != untied.net.matrix(
         "params", "model.embed_tokens.weight").data.ptr
+
+
+def test_a_saved_model_is_the_trainers_and_builds_another(dev, tmp_path):
+    t = trainer(dev, precision="bf16")
+    t.train_batch(random_batch(0))
+    t.save_apr(tmp_path / "model.apr")
+    config, arrays, _ = load_model(tmp_path / "model.apr")
+    assert config == SMALL and all(np.array_equal(arrays[k], v) for k, v in t.params.items())
+    built = build_cuda_trainer_with_init(1e-3, 16, 7, SMALL, tmp_path / "model.apr", batch_size=4)
+    assert built.config.precision == "bf16" and built.step == 0
+    assert built.parameters_sha256() == t.parameters_sha256()
+    assert not any(state.any() for state in built.optimizer_state().values())
+    held = random_batch(1)
+    assert built.eval_batch(held) == t.eval_batch(held)
 
 
 def test_bad_batches_are_refused(dev):
