@@ -17,7 +17,8 @@ class Sampling:
     temperature 0 takes the largest (the first of equals); else scores / temperature, of which the `top_k` largest are
     kept (0: all), then the fewest that hold `top_p` of the probability (1: all), and one is drawn. `vocab` is the
     tokenizer's size: ids from there on are padding of the model's head and are never chosen. Draws are a pure function
-    of seed, sequence and position. Raises ConfigError for a value out of range.
+    of seed, number of the sequence (`first` is that of the first prompt) and position, the same on CPU and GPU:
+    apr/reference/sampling.py. Raises ConfigError for a value out of range.
     """
 
     vocab: int
@@ -25,6 +26,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
         require("--temperature", self.temperature, "from 0 to 100", 0 <= self.temperature <= 100, "sampling")
