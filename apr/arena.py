@@ -8,14 +8,12 @@ training had left in it.
 import math
 from typing import Any
 
-import numpy as np
-
 from apr.buffers import Plan
 from apr.device import Device
-from apr.dtypes import BY_NAME
 from apr.errors import OutOfMemoryError, ShapeError
 
 PHASES = {"free": "logits", "logits": "dlogits", "dlogits": "free"}
+ZEROED = ("master", "params", "grads", "optimizer", "inputs", "state", "kv")  # the others are written before they are read
 RESERVE = 512 << 20  # bytes left for CUDA itself, kernels and graphs
 
 
@@ -30,7 +28,7 @@ class Arena:
         free, _ = dev.free_bytes()
         if plan.bytes + RESERVE > free:
             raise OutOfMemoryError(
-                f"training at batch {plan.B}, length {plan.T} in {plan.precision}",
+                f"{plan.what} at batch {plan.B}, length {plan.T} in {plan.precision}",
                 f"{(plan.bytes + RESERVE) / 2**30:.2f} GiB free on cuda:{dev.ordinal}", f"{free / 2**30:.2f} GiB",
                 "lower --batch-size (and raise --grad-accum), or --seq-length; 'apr plan' lists the buffers")
         self.arrays: dict[str, Any] = {}
@@ -40,8 +38,9 @@ class Arena:
         for b in plan.buffers:
             if b.alias is not None:
                 self.arrays[b.name] = self.arrays[b.alias].reshape(b.shape)
-        for name in ("master", "params", "grads", "m", "v", "stats", "step"):
-            dev.fill(self.arrays[name], 0)
+        for b in plan.buffers:
+            if b.role in ZEROED and b.alias is None:
+                dev.fill(self.arrays[b.name], 0)
 
     def __getitem__(self, name: str) -> Any:
         return self.arrays[name]
@@ -55,8 +54,9 @@ class Arena:
         return self.arrays[name].reshape(-1)[:math.prod(shape)].reshape(shape)
 
     def layer(self, name: str, index: int, shape: tuple[int, ...]) -> Any:
-        """The same of one layer's part of a buffer whose first axis is layers."""
-        return self.arrays[name][index].reshape(-1)[:math.prod(shape)].reshape(shape)
+        """The same of one layer's part of a buffer whose first axis is layers, or the few that are kept, in turn."""
+        whole = self.arrays[name]
+        return whole[index % whole.shape[0]].reshape(-1)[:math.prod(shape)].reshape(shape)
 
     def poison(self) -> None:
         """Fill what a step must write before it reads with NaN (all bits set: -1 in integers)."""
@@ -70,8 +70,3 @@ class Arena:
             raise ShapeError("logits_buf", f"phase {PHASES[self.phase]} after {self.phase}", phase,
                              "this is a defect of the step's order")
         self.phase = phase
-
-    def host(self, name: str) -> np.ndarray:
-        """A copy on the host; bf16 as ml_dtypes.bfloat16."""
-        array = self.dev.download(self.arrays[name])
-        return array.view(BY_NAME["BF16"].numpy) if array.dtype == np.uint16 else array

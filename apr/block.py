@@ -19,6 +19,7 @@ from apr.device import Device
 from apr.dtypes import BY_NAME
 from apr.gemm import Gemm
 from apr.ops.attention import attention_backward, attention_forward
+from apr.ops.decode_attention import kv_cache_append
 from apr.ops.linear import bias_backward, bias_forward, linear_backward, linear_forward
 from apr.ops.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from apr.ops.rope import HeadNorm, rope_backward, rope_forward
@@ -58,7 +59,10 @@ def layer_views(arena: Arena, buffer: str, layout: Layout, c: TransformerConfig,
 
 @dataclass(frozen=True)
 class Batch:
-    """What a pass works with: device, products, buffers, the model's shape, and this batch's B and T."""
+    """What a pass works with: device, products, buffers, the model's shape, and this batch's B and T.
+
+    `slot`: where in the key/value cache the one sequence of the batch goes, if it goes there.
+    """
 
     dev: Device
     gemm: Gemm
@@ -67,6 +71,7 @@ class Batch:
     B: int
     T: int
     tap: Tap | None = None
+    slot: int | None = None
 
     @property
     def N(self) -> int:
@@ -141,6 +146,8 @@ def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:
         b.look_heads("qk", "norm", layer, aside)
     rope_forward(dev, qkv, raw, heads, cos, sin, b.T, c)                                                     # 3, 4
     b.look_heads("qk", "rope", layer, qkv)
+    if b.slot is not None:
+        kv_cache_append(dev, b.arena["k_cache"][layer, b.slot], b.arena["v_cache"][layer, b.slot], qkv, c)
     atty = b.layer("atty", layer, b.N, c.NH * c.HS)
     attention_forward(dev, atty, b.layer("lse", layer, b.B, c.NH, b.T), qkv, b.B, b.T, c, scale=c.HS ** -0.5)  # 5
     b.look(tap_name("attn_heads", layer), atty, c.NH * c.HS)

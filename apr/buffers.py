@@ -1,4 +1,4 @@
-"""Every buffer of training on a GPU: shape, dtype, role, size. Arithmetic only: it runs without a GPU.
+"""Every buffer of training, or of generation, on a GPU: shape, dtype, role, size. Arithmetic only: no GPU is needed.
 
 What is kept of a layer for its backward pass is the residual stream, the reciprocal norms, q k v after rotation, the
 attention's output with its log-sum, and gate|up; the normalised input and silu(gate) * up are computed again.
@@ -6,21 +6,25 @@ attention's output with its log-sum, and gate|up; the normalised input and silu(
     role     params   weights as the kernels read them          master  float32 weights that AdamW updates
              grads    float32                                   optimizer  AdamW's m and v
              acts     kept from forward to backward             scratch    written and read within a step
+             kv       keys and values of generation             state      what a decoding step leaves for the next
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apr.config import TransformerConfig
 from apr.errors import ConfigError
 from apr.params import layout
 
-SIZES = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "u8": 1}
+SIZES = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "i64": 8, "u8": 1}
 STORAGE = {"fp32": "f32", "bf16": "bf16"}  # floatX of each precision
 LOGITS_BYTES = 5 << 29  # the head works on as many rows at a time as fit in this (2.5 GiB)
 WORKSPACE = 32 << 20  # bytes that cuBLASLt may use on Hopper; its best products want all of it
 PARTS = 1024  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
+SCORE_ROWS = 128  # rows of logits at a time where a prompt's scores are asked for
+PREFILL = {"residual", "rstd", "qkv", "qkv_raw", "head_rstd", "atty", "lse", "gate_up", "final_norm", "norm", "branch",
+           "act", "logits_buf", "dqkv", "cos", "sin", "ids", "workspace"}  # of training's buffers; with one layer's acts
 STATS = 4  # float64 that a step reads back: sum of losses, gradient norm, applied, updates so far
 
 
@@ -47,7 +51,7 @@ class BufferSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """The buffers of a model at a shape. `rows`: how many rows of logits are in memory at a time."""
+    """The buffers of a model at a shape. `rows`: how many rows of logits are in memory at a time; `what` they are for."""
 
     config: TransformerConfig
     B: int
@@ -55,6 +59,7 @@ class Plan:
     precision: str
     rows: int
     buffers: tuple[BufferSpec, ...]
+    what: str = "training"
 
     @property
     def bytes(self) -> int:
@@ -81,6 +86,32 @@ def plan(config: TransformerConfig, B: int, T: int, precision: str) -> Plan:
         raise ConfigError("batch_size", "a batch whose rows the kernels can count", f"{B} x {T}", "lower --batch-size")
     rows = logits_rows(B * T, config.Vp * SIZES[STORAGE[precision]])
     return Plan(config, B, T, precision, rows, tuple(_buffers(config, B, T, STORAGE[precision], rows)))
+
+
+def inference_plan(config: TransformerConfig, B: int, S: int, precision: str, bests: int, partial: int) -> Plan:
+    """The buffers for generating up to B sequences of at most S tokens; a prompt goes through the layers by itself.
+
+    bests: blocks of decode_head; partial: elements of decode_attention's scratch. Raises ConfigError for an S beyond
+    the model's positions.
+    """
+    if not 1 <= S <= config.max_position_embeddings:
+        raise ConfigError("context", f"1 to max_position_embeddings ({config.max_position_embeddings})", str(S),
+                          "shorten the prompt, or lower --max-tokens or --context")
+    c, X, rows = config, STORAGE[precision], min(S, SCORE_ROWS)
+    cache = (c.L, B, c.NKV, S, c.HS)
+    buffers = [
+        BufferSpec("params", (layout(c).size,), X, "params"),
+        BufferSpec("k_cache", cache, X, "kv"), BufferSpec("v_cache", cache, X, "kv"),
+        *(b for b in _buffers(replace(c, num_hidden_layers=1), 1, S, X, rows) if b.name in PREFILL),
+        BufferSpec("x", (B, c.C), "f32", "state"),
+        BufferSpec("x_qkv", (B, c.QKV), "f32", "scratch"), BufferSpec("x_heads", (B, c.NH * c.HS), "f32", "scratch"),
+        BufferSpec("x_act", (B, c.F), "f32", "scratch"), BufferSpec("scores", (B, c.V), "f32", "scratch"),
+        BufferSpec("best_score", (B, bests), "f32", "scratch"), BufferSpec("best_id", (B, bests), "i32", "scratch"),
+        BufferSpec("attention_parts", (partial,), "f32", "scratch"),
+        BufferSpec("ticket", (B, c.NH), "i32", "state"),
+        *(BufferSpec(name, (B,), "i32", "state") for name in ("token", "pos", "step")),
+        BufferSpec("settings", (5,), "i64", "inputs"), BufferSpec("odds", (2,), "f64", "inputs")]
+    return Plan(config, B, S, precision, rows, tuple(buffers), "generation")
 
 
 def logits_rows(N: int, row_bytes: int) -> int:

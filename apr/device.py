@@ -49,11 +49,11 @@ class Device:
         self.cache = PtxCache(arch_of(self.capability), folder, warn=warn)
 
     def launch(self, spec: KernelSpec, baked: Baked, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
-               shared: int = 0) -> None:
+               shared: int = 0, programmatic: bool = False) -> None:
         """Launch a kernel on the stream; see Kernel.launch."""
         self.use()
         kernel = self.cache.get(spec, baked)
-        kernel.launch(self.stream.ptr, grid, block, args, shared)
+        kernel.launch(self.stream.ptr, grid, block, args, shared, programmatic)
         self.launched(kernel.key)
 
     def use(self) -> None:
@@ -100,6 +100,16 @@ class Device:
             memory = self.cupy.cuda.MemoryPointer(self.cupy.cuda.Memory(size), 0)
         return self.cupy.ndarray(shape, kind, memory)
 
+    def mapped(self, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, Any]:
+        """Pinned memory of the host, not initialised, and the same memory as kernels see it."""
+        kind = DEVICE_DTYPES[dtype]
+        size = max(1, int(np.prod(shape, dtype=np.int64))) * kind.itemsize
+        with self.errors(f"{size / 2**20:.1f} MiB of pinned host memory"):
+            memory = self.cupy.cuda.alloc_pinned_memory(size)
+        host = np.frombuffer(memory, kind, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+        whole = self.cupy.cuda.UnownedMemory(memory.ptr, size, memory, self.ordinal)
+        return host, self.cupy.ndarray(shape, kind, self.cupy.cuda.MemoryPointer(whole, 0))
+
     def upload(self, array: Any, host: np.ndarray) -> None:
         """Copy to the GPU, in the order of the stream; `host` may be changed after the return.
 
@@ -145,6 +155,11 @@ class Device:
                 self.capturing = False
                 graph = self.stream.end_capture()
             into.append(graph)
+
+    def running(self) -> bool:
+        """Whether something on the stream has not ended. Raises DeviceFault."""
+        with self.errors("waiting for the GPU"):
+            return not self.stream.done
 
     def replay(self, graph: Any, name: str) -> None:
         """Launch a captured graph."""

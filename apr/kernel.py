@@ -84,8 +84,10 @@ class Kernel:
         self.checks = [_argument(arg, floatx) for arg in spec.args]
 
     def launch(self, stream: int, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
-               shared: int = 0) -> None:
+               shared: int = 0, programmatic: bool = False) -> None:
         """Launch on `stream` (a handle). grid and block of 1 to 3 numbers; shared: bytes of dynamic shared memory.
+
+        `programmatic`: it may start before its predecessor has ended, and itself waits (wait_for_previous).
 
         Raises LaunchError for an argument that does not fit its declaration or a launch that the driver refuses,
         DeviceFault for a device that has already failed.
@@ -96,7 +98,8 @@ class Kernel:
         if shared > self.shared:
             driver.set_dynamic_shared(self.function, shared)
             self.shared = shared
-        code = driver.launch(self.function, _three(self.key, grid), _three(self.key, block), shared, stream, values)
+        code = driver.launch(self.function, _three(self.key, grid), _three(self.key, block), shared, stream, values,
+                             programmatic=programmatic)
         if code != 0:
             what = f"kernel {self.key}, grid {tuple(grid)}, block {tuple(block)}, {shared} bytes shared"
             name = driver.error_name(code)

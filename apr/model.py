@@ -33,16 +33,20 @@ class Model:
         self.head = EMBED if config.tie_word_embeddings else HEAD
         self.storage = floatx(arena["params"])
         self.weights: list[LayerViews] = [layer_views(arena, "params", self.layout, config, i) for i in range(config.L)]
-        self.grads: list[LayerViews] = [layer_views(arena, "grads", self.layout, config, i) for i in range(config.L)]
+        self.grads: list[LayerViews] = [layer_views(arena, "grads", self.layout, config, i) for i in range(config.L)
+                                        if "grads" in arena.arrays]
         rope_table(dev, arena["cos"], arena["sin"], config, self.storage)
 
     def matrix(self, buffer: str, name: str) -> Any:
         """The embedding table or head (Vp, C), its padding rows too."""
         return self.arena.part(buffer, self.layout.offset(name), (self.config.Vp, self.config.C))
 
-    def batch(self, B: int, T: int, tap: Tap | None = None) -> Batch:
-        """What the passes over B sequences of T tokens work with; `ids`, `targets` … hold the batch."""
-        return Batch(self.dev, self.gemm, self.arena, self.config, B, T, tap)
+    def batch(self, B: int, T: int, tap: Tap | None = None, slot: int | None = None) -> Batch:
+        """What the passes over B sequences of T tokens work with; `ids`, `targets` … hold the batch.
+
+        With `slot` (then B is 1) forward leaves the keys and values in the cache, as those of that sequence.
+        """
+        return Batch(self.dev, self.gemm, self.arena, self.config, B, T, tap, slot)
 
     def forward(self, b: Batch) -> None:
         """From `ids` to `final_norm`."""

@@ -4,38 +4,77 @@ from collections.abc import Iterable
 
 from apr.config import TransformerConfig
 from apr.kernel import Baked, KernelSpec
-from apr.ops import adamw, attention, cross_entropy, embedding, global_norm, linear, rmsnorm, rope, swiglu
+from apr.ops import (
+    adamw,
+    attention,
+    cross_entropy,
+    decode_attention,
+    decode_linear,
+    embedding,
+    global_norm,
+    linear,
+    rmsnorm,
+    rope,
+    sampling,
+    swiglu,
+)
 from apr.ptx_cache import PtxCache
+
+Variant = tuple[KernelSpec, Baked]
 
 KERNELS: tuple[KernelSpec, ...] = (
     *embedding.SPECS, *rmsnorm.SPECS, *linear.SPECS, *rope.SPECS, *attention.SPECS, *swiglu.SPECS, *cross_entropy.SPECS,
-    *global_norm.SPECS, *adamw.SPECS)
+    *global_norm.SPECS, *adamw.SPECS, *decode_linear.SPECS, *decode_attention.SPECS, *sampling.SPECS)
 
 
-def variants(config: TransformerConfig, storage: str) -> list[tuple[KernelSpec, Baked]]:
+def variants(config: TransformerConfig, storage: str) -> list[Variant]:
     """Every kernel that training or evaluating this model in `storage` (f32 or bf16) launches, with its baked values.
 
     Raises ConfigError or UnavailableError for a model that the kernels do not cover.
     """
     c = config
+    return _forward(c, storage) + _each([
+        (cross_entropy.SPECS, cross_entropy.cross_entropy_baked(c.V, c.Vp, storage)),
+        (global_norm.SPECS, global_norm.global_norm_baked(storage)),
+        (adamw.SPECS, adamw.adamw_baked(storage)),
+    ])
+
+
+def inference_variants(config: TransformerConfig, storage: str, B: int) -> list[Variant]:
+    """Every kernel that generating B sequences with this model launches. Raises as variants."""
+    c, eps = config, config.rms_norm_eps
+    linear_of = decode_linear.decode_linear_baked
+    return _forward(c, storage) + _each([
+        (decode_attention.SPECS, decode_attention.decode_attention_baked(c, storage)),
+        ([decode_linear.QKV], linear_of(B, c.QKV, c.C, eps, storage)),
+        ([decode_linear.ADD], linear_of(B, c.C, c.NH * c.HS, eps, storage)),
+        ([decode_linear.GATE_UP], linear_of(B, 2 * c.F, c.C, eps, storage)),
+        ([decode_linear.ADD], linear_of(B, c.C, c.F, eps, storage)),
+        ([decode_linear.HEAD], linear_of(B, c.V, c.C, eps, storage)),
+        (sampling.SPECS, sampling.sampling_baked(c, B, decode_linear.head_blocks(c, B, storage), storage)),
+    ])
+
+
+def _forward(c: TransformerConfig, storage: str) -> list[Variant]:
+    """The kernels of the layers, with their gradients, which come in the same files."""
     groups: list[tuple[Iterable[KernelSpec], Baked]] = [
         (embedding.SPECS, embedding.embedding_baked(c.C, storage)),
         (rmsnorm.SPECS, rmsnorm.rmsnorm_baked(c.C, c.rms_norm_eps, storage)),
         (rope.SPECS, rope.rope_baked(c, storage)),
         (attention.specs(storage), attention.attention_baked(c, storage)),
         (swiglu.SPECS, swiglu.swiglu_baked(c.F, storage)),
-        (cross_entropy.SPECS, cross_entropy.cross_entropy_baked(c.V, c.Vp, storage)),
-        (global_norm.SPECS, global_norm.global_norm_baked(storage)),
-        (adamw.SPECS, adamw.adamw_baked(storage)),
     ]
     if c.use_bias:
         groups.append((linear.SPECS, linear.linear_baked(c.QKV, storage)))
+    return _each(groups)
+
+
+def _each(groups: Iterable[tuple[Iterable[KernelSpec], Baked]]) -> list[Variant]:
     return [(spec, baked) for specs, baked in groups for spec in specs]
 
 
-def warmup(cache: PtxCache, config: TransformerConfig, storage: str) -> None:
-    """Compile, or find on disk, and load every kernel that this model needs; from then on the cache is frozen."""
-    needed = variants(config, storage)
+def warmup(cache: PtxCache, needed: list[Variant]) -> None:
+    """Compile, or find on disk, and load every kernel in `needed`; from then on the cache is frozen."""
     cache.warm(needed)
     for spec, baked in needed:
         cache.get(spec, baked)

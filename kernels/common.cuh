@@ -84,6 +84,21 @@ __device__ __forceinline__ float block_sum(float x) {
     return x;
 }
 
+// Programmatic dependent launch (sm_90 on; elsewhere, and in a kernel launched without it, both do nothing).
+// wait_for_previous: what the kernel before in the stream wrote is there. Every thread calls it, before its first read
+// of such data and its first write of any: then the kernels before that one have ended too.
+// let_next_start: the next kernel's blocks may take the room that this one leaves.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // out[column] += sum over the parts of partial[part * stride + column], column < width: the second half of a sum over
 // rows. 32 columns per block of (32, 32) threads; each row of 32 takes every 32nd part, then they are added in order.
 __device__ __forceinline__ void add_parts(f32* __restrict__ out, const f32* __restrict__ partial, int parts, int width,

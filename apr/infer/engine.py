@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from apr.config import TransformerConfig, require
+from apr.errors import ShapeError
 from apr.taps import Tap
 
 
@@ -62,3 +63,15 @@ class Engine(ABC):
         prompts together. `tap` sees every stage of every layer as (B, T, ...): in decoding once per step, T = 1. Raises
         ShapeError as generate.
         """
+
+
+def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
+    """Raise ShapeError for no prompt, more than B, an empty one, one longer than S, or an id that the model lacks."""
+    if not 1 <= len(prompts) <= engine.B:
+        raise ShapeError("prompts", f"1 to {engine.B} at a time", str(len(prompts)), "make the engine with a larger B")
+    for number, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= engine.S:
+            raise ShapeError(f"prompt {number}", f"1 to {engine.S} tokens", str(len(prompt)), "shorten it")
+        if not (min(prompt) >= 0 and max(prompt) < engine.config.V):
+            raise ShapeError(f"prompt {number}", f"token ids in [0, {engine.config.V})",
+                             f"{min(prompt)} to {max(prompt)}", "use the model's own tokenizer")

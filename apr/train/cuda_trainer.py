@@ -43,9 +43,9 @@ class CudaTransformerTrainer(Trainer):
         super().__init__(model, config)
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
-        variants(model, self.storage)  # what the kernels do not cover is refused before anything is allocated
+        needed = variants(model, self.storage)  # what the kernels do not cover is refused before anything is allocated
         self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
-        warmup(self.dev.cache, model, self.storage)
+        warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
         self.net = Model(self.dev, self.gemm, self.arena, model)
         self.graphs, self.poison = graphs, poison

@@ -1,0 +1,77 @@
+"""The matrix-vector products of decoding, each fused with what surrounds it: kernels/decode_linear.cu."""
+
+from typing import Any
+
+from apr.config import TransformerConfig
+from apr.device import Device
+from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
+
+BAKED = ("B", "BLOCK", "EPS", "FLOATX", "I", "O", "ROWS")
+QKV = KernelSpec("decode_linear.cu", "decode_qkv", BAKED,
+                 ("out:f32*", "x:const f32*", "matrix:const floatX*", "weight:const floatX*", "bias:const floatX*?"))
+ADD = KernelSpec("decode_linear.cu", "decode_add", BAKED, ("x:f32*", "inp:const f32*", "matrix:const floatX*"))
+GATE_UP = KernelSpec("decode_linear.cu", "decode_gate_up", BAKED,
+                     ("out:f32*", "x:const f32*", "matrix:const floatX*", "weight:const floatX*"))
+HEAD = KernelSpec("decode_linear.cu", "decode_head", BAKED,
+                  ("out:f32*", "best_score:f32*", "best_id:i32*", "x:const f32*", "matrix:const floatX*",
+                   "weight:const floatX*", "vocab:const i64*"))
+SPECS = (QKV, ADD, GATE_UP, HEAD)
+SMS = 132  # blocks that a small product is spread over; fixed, since ROWS is baked
+LARGEST_BLOCK = 640
+
+
+def decode_linear_baked(B: int, rows: int, width: int, eps: float, storage: str) -> Baked:
+    """The baked values of all four kernels for a matrix (rows, width).
+
+    A thread takes one vector of 16 bytes of each of ROWS rows where a row is up to LARGEST_BLOCK of them; ROWS is what
+    spreads the matrix over the GPU once, at most 16, fewer for many inputs, whose sums are registers too.
+    """
+    vectors = width // vector_width(width, 2 if storage == "bf16" else 4)
+    threads = min(LARGEST_BLOCK, blocks(vectors, 32) * 32)
+    each = min(max(blocks(rows, SMS), 2), 16 if B <= 2 else 32 // B)
+    return {"B": B, "BLOCK": threads, "EPS": float(eps), "FLOATX": storage, "I": width, "O": rows,
+            "ROWS": blocks(each, 2) * 2}
+
+
+def head_blocks(c: TransformerConfig, B: int, storage: str) -> int:
+    """Blocks of decode_head, each of which reports its best."""
+    return blocks(c.V, int(decode_linear_baked(B, c.V, c.C, c.rms_norm_eps, storage)["ROWS"]))
+
+
+def _grid(baked: Baked) -> tuple[int]:
+    return (blocks(int(baked["O"]), int(baked["ROWS"])),)
+
+
+def _baked(matrix: Any, B: int, eps: float) -> Baked:
+    return decode_linear_baked(B, matrix.shape[0], matrix.shape[1], eps, floatx(matrix))
+
+
+def decode_qkv(dev: Device, out: Any, x: Any, matrix: Any, weight: Any, bias: Any, *, eps: float) -> None:
+    """out (B, O) f32 = norm(x) · matrixᵀ + bias; x (B, I) f32; matrix (O, I), weight (I,), bias (O,) or None floatX."""
+    baked = _baked(matrix, x.shape[0], eps)
+    dev.launch(QKV, baked, _grid(baked), (int(baked["BLOCK"]),), (out, x, matrix, weight, bias), programmatic=True)
+
+
+def decode_add(dev: Device, x: Any, inp: Any, matrix: Any, *, eps: float) -> None:
+    """x (B, O) f32 += inp · matrixᵀ; inp (B, I) f32; matrix (O, I) floatX. eps as in the other products: the kernel is
+    compiled with it and does not use it.
+    """
+    baked = _baked(matrix, x.shape[0], eps)
+    dev.launch(ADD, baked, _grid(baked), (int(baked["BLOCK"]),), (x, inp, matrix), programmatic=True)
+
+
+def decode_gate_up(dev: Device, out: Any, x: Any, matrix: Any, weight: Any, *, eps: float) -> None:
+    """out (B, F) f32 = silu(gate) * up of norm(x); matrix (2F, I) floatX: gate in its first F rows, up in the rest."""
+    baked = _baked(matrix, x.shape[0], eps)
+    dev.launch(GATE_UP, baked, _grid(baked), (int(baked["BLOCK"]),), (out, x, matrix, weight), programmatic=True)
+
+
+def decode_head(dev: Device, out: Any, best_score: Any, best_id: Any, x: Any, matrix: Any, weight: Any, settings: Any,
+                *, eps: float) -> None:
+    """out (B, V) f32 = norm(x) · matrixᵀ; best_score, best_id (B, head_blocks) = each block's; settings[0] the vocab.
+
+    matrix (V, I) floatX: the rows of the vocabulary without their padding.
+    """
+    baked = _baked(matrix, x.shape[0], eps)
+    dev.launch(HEAD, baked, _grid(baked), (int(baked["BLOCK"]),),
+               (out, best_score, best_id, x, matrix, weight, settings), programmatic=True)
