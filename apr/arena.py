@@ -13,7 +13,7 @@ from apr.device import Device
 from apr.errors import OutOfMemoryError, ShapeError
 
 PHASES = {"free": "logits", "logits": "dlogits", "dlogits": "free"}
-ZEROED = ("master", "params", "grads", "optimizer", "inputs", "state", "kv")  # the others are written before they are read
+ZEROED = ("master", "params", "grads", "optimizer", "inputs", "state", "kv")  # the others are written before read
 RESERVE = 512 << 20  # bytes left for CUDA itself, kernels and graphs
 
 

@@ -24,7 +24,7 @@ WORKSPACE = 32 << 20  # bytes that cuBLASLt may use on Hopper; its best products
 PARTS = 1024  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
 SCORE_ROWS = 128  # rows of logits at a time where a prompt's scores are asked for
 PREFILL = {"residual", "rstd", "qkv", "qkv_raw", "head_rstd", "atty", "lse", "gate_up", "final_norm", "norm", "branch",
-           "act", "logits_buf", "dqkv", "cos", "sin", "ids", "workspace"}  # of training's buffers; with one layer's acts
+           "act", "logits_buf", "dqkv", "cos", "sin", "ids", "workspace"}  # of training's, with one layer of acts
 STATS = 4  # float64 that a step reads back: sum of losses, gradient norm, applied, updates so far
 
 
@@ -51,7 +51,7 @@ class BufferSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """The buffers of a model at a shape. `rows`: how many rows of logits are in memory at a time; `what` they are for."""
+    """The buffers of a model at a shape. `rows`: rows of logits in memory at a time; `what` they are for."""
 
     config: TransformerConfig
     B: int

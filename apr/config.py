@@ -1,4 +1,4 @@
-"""What a model is and how it is trained: the single home of every number that shapes either.
+"""What a model is, how it is trained and how tokens are chosen: the single home of every number that shapes these.
 
 Names are Hugging Face's; the symbols of docs/glossary.md (C, L, NH, …) are properties. A number that changes what a
 model computes (eps, theta, head size, tying, bias) has no default anywhere: it is given or the call fails.
@@ -145,6 +145,31 @@ class TransformerTrainConfig:
     def tokens_per_step(self) -> int:
         """Positions of one step: B * T * A."""
         return self.batch_size * self.max_seq_len * self.accumulation_steps
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from scores.
+
+    temperature 0 takes the largest (the first of equals); else scores / temperature, of which the `top_k` largest are
+    kept (0: all), then the fewest that hold `top_p` of the probability (1: all), and one is drawn. `vocab` is the
+    tokenizer's size: ids from there on are padding of the model's head and are never chosen. Draws are a pure function
+    of seed, number of the sequence (`first` is that of the first prompt) and position, the same on CPU and GPU:
+    apr/reference/sampling.py. Raises ConfigError for a value out of range.
+    """
+
+    vocab: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        require("--temperature", self.temperature, "from 0 to 100", 0 <= self.temperature <= 100, "sampling")
+        require("--top-k", self.top_k, "0 or more", type(self.top_k) is int and 0 <= self.top_k < 2**31, "sampling")
+        require("--top-p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1, "sampling")
+        require("--seed", self.seed, "from 0 to 2^63-1", type(self.seed) is int and 0 <= self.seed < 2**63, "sampling")
 
 
 def require(name: str, value: Any, rule: str, ok: bool, where: str = "config") -> None:

@@ -10,7 +10,7 @@
 // SHAPES    logits (B, V) f32   best_score, best_id (B, BESTS) as decode_head leaves them   matrix (Vp, C) floatX
 //           x (B, C) f32   token, pos, step (B,) i32   tokens (LIMIT, B) i32, on the host
 //           settings (5,) i64: vocab, seed, number of the first sequence, top_k (0: all), LIMIT;
-//           odds (2,) f64: temperature, top_p
+//           odds (2,) f64: 1 / temperature (0 for temperature 0), top_p
 // WRITES    token =, pos += 1, step += 1, tokens[step] = (-2: a score was not a number), x = the token's embedding
 //           embed: x = the embedding of token
 // BAKED     B, BESTS, C, V, FLOATX
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sample(
     if (odds[0] > 0.0 && chosen >= 0) {
         const f32* logits = all_logits + (i64)blockIdx.x * V;
         const int vocab = settings[VOCAB] < V ? settings[VOCAB] : V;
-        const float inverse = (float)(1.0 / odds[0]);
+        const float inverse = (float)odds[0];
         const i64 top_k = settings[TOP_K];
         u32 least = 0;
         if (top_k > 0 && top_k < vocab) least = threshold<false>(logits, vocab, top, inverse, 0, top_k - 1);

@@ -13,13 +13,14 @@ import numpy as np
 
 from apr.arena import Arena
 from apr.buffers import STORAGE, inference_plan
+from apr.config import Sampling
 from apr.decode import Decoder
 from apr.device import Device
 from apr.dtypes import BY_NAME
 from apr.errors import AprError, ShapeError
 from apr.formats.source import ModelSource
 from apr.gemm import Gemm
-from apr.infer.engine import Engine, Sampling, check_prompts
+from apr.infer.engine import Engine, check_prompts
 from apr.model import Model
 from apr.ops.decode_attention import partial_size
 from apr.ops.decode_linear import head_blocks
@@ -128,7 +129,8 @@ class CudaEngine(Engine):
         upload(a["pos"], np.array([*positions, *fill], np.int32))
         upload(a["step"], np.zeros(self.B, np.int32))
         upload(a["settings"], np.array([s.vocab, s.seed, s.first, s.top_k, steps], np.int64))
-        upload(a["odds"], np.array([s.temperature, s.top_p], np.float64))
+        inverse = min(1 / s.temperature, float(np.finfo(np.float32).max)) if s.temperature else 0.0
+        upload(a["odds"], np.array([inverse, s.top_p], np.float64))
         self.host_tokens[:steps] = PENDING
 
     def scores(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], tap: Tap | None = None

@@ -2,38 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from apr.config import TransformerConfig, require
+from apr.config import Sampling, TransformerConfig
 from apr.errors import ShapeError
 from apr.taps import Tap
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from scores.
-
-    temperature 0 takes the largest (the first of equals); else scores / temperature, of which the `top_k` largest are
-    kept (0: all), then the fewest that hold `top_p` of the probability (1: all), and one is drawn. `vocab` is the
-    tokenizer's size: ids from there on are padding of the model's head and are never chosen. Draws are a pure function
-    of seed, number of the sequence (`first` is that of the first prompt) and position, the same on CPU and GPU:
-    apr/reference/sampling.py. Raises ConfigError for a value out of range.
-    """
-
-    vocab: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        require("--temperature", self.temperature, "from 0 to 100", 0 <= self.temperature <= 100, "sampling")
-        require("--top-k", self.top_k, "0 or more", type(self.top_k) is int and 0 <= self.top_k < 2**31, "sampling")
-        require("--top-p", self.top_p, "above 0, at most 1", 0 < self.top_p <= 1, "sampling")
-        require("--seed", self.seed, "from 0 to 2^63-1", type(self.seed) is int and 0 <= self.seed < 2**63, "sampling")
 
 
 class Engine(ABC):
