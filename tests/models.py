@@ -1,11 +1,16 @@
 """Small models, batches and runs that several test files train."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
 from apr.config import TransformerConfig, TransformerTrainConfig
 from apr.data.batch import LMBatch
+from apr.dtypes import BY_NAME, BY_NUMPY
+from apr.formats.source import ModelSource
+from apr.hf_config import to_hf
+from apr.params import param_specs
 from apr.presets import qwen2_0_5b, qwen3_0_6b, tiny
 
 SIZE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -51,3 +56,21 @@ loop: {steps_per_epoch: 8, target_val_loss: 0.1}
 val_batches: 2
 allow_shard_cycle: true
 """
+
+
+def source_of(config: TransformerConfig, params: dict[str, np.ndarray]) -> ModelSource:
+    """A model in memory as if it had been read."""
+    return ModelSource(Path("memory"), "memory", config, to_hf(config), {}, {n: a.shape for n, a in params.items()},
+                       {n: BY_NUMPY[a.dtype].name for n, a in params.items()}, params.__getitem__, lambda: None)
+
+
+def random_params(config: TransformerConfig, seed: int, dtype: str = "F32") -> dict[str, np.ndarray]:
+    """Weights at which every constant shows: small embeddings, sharp attention, biases as large as Qwen2's."""
+    rng, out = np.random.default_rng(seed), {}
+    scale = {"norm.weight": 0.2, "q_proj.bias": 1.0, "k_proj.bias": 3.0, "v_proj.bias": 0.1,
+             "embed_tokens.weight": 0.02, "o_proj.weight": 0.004, "down_proj.weight": 0.004}
+    for spec in param_specs(config):
+        size = next((s for end, s in scale.items() if spec.name.endswith(end)), 1.5 / np.sqrt(spec.shape[-1]))
+        noise = size * rng.standard_normal(spec.shape, dtype=np.float32)
+        out[spec.name] = (noise + spec.name.endswith("norm.weight")).astype(BY_NAME[dtype].numpy)
+    return out
