@@ -14,6 +14,7 @@ from apr.errors import OutOfMemoryError, ShapeError
 
 PHASES = {"free": "logits", "logits": "dlogits", "dlogits": "free"}
 ZEROED = ("master", "params", "grads", "optimizer", "inputs", "state", "kv")  # the others are written before read
+VIEWS = 1 << 14  # views remembered at a time
 RESERVE = 512 << 20  # bytes left for CUDA itself, kernels and graphs
 
 
@@ -32,6 +33,7 @@ class Arena:
                 f"{(plan.bytes + RESERVE) / 2**30:.2f} GiB free on cuda:{dev.ordinal}", f"{free / 2**30:.2f} GiB",
                 "lower --batch-size (and raise --grad-accum), or --seq-length; 'apr plan' lists the buffers")
         self.arrays: dict[str, Any] = {}
+        self.views: dict[tuple[str, int | None, tuple[int, ...]], Any] = {}
         for b in plan.buffers:
             if b.alias is None:
                 self.arrays[b.name] = dev.empty(b.shape, b.dtype)
@@ -51,12 +53,21 @@ class Arena:
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Any:
         """The beginning of a buffer as an array of a smaller shape: a batch may be smaller than planned."""
-        return self.arrays[name].reshape(-1)[:math.prod(shape)].reshape(shape)
+        return self._view(name, None, shape)
 
     def layer(self, name: str, index: int, shape: tuple[int, ...]) -> Any:
         """The same of one layer's part of a buffer whose first axis is layers, or the few that are kept, in turn."""
-        whole = self.arrays[name]
-        return whole[index % whole.shape[0]].reshape(-1)[:math.prod(shape)].reshape(shape)
+        return self._view(name, index % self.arrays[name].shape[0], shape)
+
+    def _view(self, name: str, index: int | None, shape: tuple[int, ...]) -> Any:
+        """Views are remembered: CuPy takes 10 microseconds to make one, and a pass needs hundreds."""
+        view = self.views.get((name, index, shape))
+        if view is None:
+            if len(self.views) >= VIEWS:  # a server sees prompts of every length
+                self.views.clear()
+            whole = self.arrays[name] if index is None else self.arrays[name][index]
+            view = self.views[name, index, shape] = whole.reshape(-1)[:math.prod(shape)].reshape(shape)
+        return view
 
     def poison(self) -> None:
         """Fill what a step must write before it reads with NaN (all bits set: -1 in integers)."""

@@ -41,7 +41,7 @@ class Decoder:
         x, qkv, heads, act, eps = a["x"], a["x_qkv"], a["x_heads"], a["x_act"], c.rms_norm_eps
         self._look(tap, "embedding", x, c.C)
         for layer, w in enumerate(self.net.weights):
-            decode_qkv(dev, qkv, x, w.qkv, w.attn_norm, w.qkv_bias, eps=eps)                                 # 1
+            decode_qkv(dev, qkv, x, w.qkv, w.attn_norm, w.qkv_bias, eps=eps, first=layer == 0)               # 1
             self._look_qkv(tap, layer)
             decode_attention(dev, heads, a["attention_parts"], a["ticket"], a["k_cache"][layer], a["v_cache"][layer],
                              qkv, w.q_norm, w.k_norm, a["cos"], a["sin"], a["pos"], c, scale=c.HS ** -0.5)   # 2

@@ -51,9 +51,9 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *b, v
                                    int wanted, result_t *results, int *found);
 int cublasLtMatmulAlgoCheck(void *handle, void *desc, void *a, void *b, void *c, void *d, const algo_t *algo,
                             result_t *result);
-int cublasLtMatmul(void *handle, void *desc, const void *alpha, const void *A, void *a, const void *B, void *b,
-                   const void *beta, const void *C, void *c, void *D, void *d, const algo_t *algo, void *workspace,
-                   size_t size, void *stream);
+int cublasLtMatmul(void *handle, void *desc, const void *alpha, uintptr_t A, void *a, uintptr_t B, void *b,
+                   const void *beta, uintptr_t C, void *c, uintptr_t D, void *d, const algo_t *algo,
+                   uintptr_t workspace, size_t size, uintptr_t stream);
 """)
 
 
@@ -137,11 +137,11 @@ class Gemm:
                                   f"{array.size} of {array.dtype}", "correct the operands")
         product = self.products.get((shape, beta)) or self._prepare(shape, beta)
         la, lb, ld = product.layouts
-        to = _pointer(out)
+        to = out.data.ptr
         self._check(self.library.cublasLtMatmul(
-            self.handle, product.desc, self.one, _pointer(a), la, _pointer(b), lb, self.one if beta else self.zero,
-            to, ld, to, ld, product.algo, _pointer(self.workspace), self.workspace.nbytes,
-            _ffi.cast("void *", self.dev.stream.ptr)), product.name)
+            self.handle, product.desc, self.one, a.data.ptr, la, b.data.ptr, lb, self.one if beta else self.zero,
+            to, ld, to, ld, product.algo, self.workspace.data.ptr, self.workspace.nbytes, self.dev.stream.ptr),
+            product.name)
         self.dev.launched(product.name)
 
     def _prepare(self, shape: Shape, beta: float) -> Product:
@@ -212,10 +212,6 @@ class Gemm:
         if status != 0:
             raise KernelError(f"cuBLASLt: {what}", "status 0", f"status {status}",
                               "correct the shapes, or the algorithm in the table")
-
-
-def _pointer(array: Any) -> Any:
-    return _ffi.cast("void *", array.data.ptr)
 
 
 def _kind(array: Any) -> int:

@@ -193,7 +193,7 @@ class PtxCache:
         self.texts: dict[str, tuple[str, frozenset[str]]] = {}  # by source: expanded, and the K_ names in it
         self.entries: dict[str, Entry] = {}  # by label, read or compiled once
         self.modules: dict[str, Any] = {}  # by label
-        self.made: dict[tuple[str, str], Kernel] = {}  # by (label, entry)
+        self.made: dict[str, Kernel] = {}  # by source, entry and baked values as they were given
         self.fresh: set[str] = set()  # keys that were compiled here
         self.toolchain: tuple[str, str] | None = None
         self.images: PrivateFolder | None = None
@@ -266,11 +266,11 @@ class PtxCache:
 
     def get(self, spec: KernelSpec, baked: Baked) -> Kernel:
         """The loaded kernel. Raises KernelParamError, KernelCompileError, KernelCacheFrozen, KernelError."""
-        label = readable(spec.source, baked, self.arch)
-        kernel = self.made.get((label, spec.entry))
+        name = f"{spec.source} {spec.entry} {baked!r}"  # tells 1 from 1.0 and True, as the key does, and takes 2 us
+        kernel = self.made.get(name)
         if kernel is None or kernel.spec != spec:
             with self.loading:
-                kernel = self.made[label, spec.entry] = self._load(spec, baked)
+                kernel = self.made[name] = self._load(spec, baked)
         return kernel
 
     def freeze(self) -> None:

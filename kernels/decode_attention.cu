@@ -12,22 +12,25 @@
 // WRITES    out =, k_cache = and v_cache = at position pos; partial scratch; ticket must be 0 and is 0 afterwards
 //           append: positions 0 .. T-1 of k_cache = and v_cache =
 // BAKED     HS, NH, NKV, SPLITS, EPS, QK_NORM (0 or 1), FLOATX      RUNTIME  S, T, scale
-// LAUNCH    decode_attention  grid (SPLITS, NKV * PARTS, B) block (128)
+// LAUNCH    decode_attention  grid (SPLITS, NKV * PARTS, B) block (256)
 //           kv_cache_append   grid (ceil(2 * T*NKV*HS/W / 256)) block (256)
 // MEMORY    2 T NKV HS s bytes per sequence, PARTS times (from L2 but the first); s = bytes of floatX
 // FLOPS     4 T NH HS per sequence: bandwidth bound, and latency bound when short
 // NUMERICS  sums in float; keys and values are rounded to floatX as the cache holds them; a key's group and the order of
 //           joining depend on T alone, not on B: a sequence has the same bits alone and in a batch. The ticket says who
 //           joins, not in which order. bf16: fast exponentials, 2 ulp of a float
+//           What is read before wait_for_previous (pos, the older tokens' keys and values) must have been there before the
+//           step's first kernel: that one is launched without let_next_start's help
 // CONTRACT  contracts/decode_attention-v1.yaml      REFERENCE  apr/reference/attention.py, rope.py, rmsnorm.py
 #include "common.cuh"
 constexpr int HS = K_HS, NH = K_NH, NKV = K_NKV, SPLITS = K_SPLITS, G = NH / NKV, QKV = (NH + 2 * NKV) * HS;
-constexpr int HEADS = G < 8 ? G : 8, PARTS = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 128, WARPS = BLOCK / 32;
+constexpr int HEADS = G < 8 ? G : 8, PARTS = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 256, WARPS = BLOCK / 32;
 constexpr int W = vector_width(HS), VECTORS = HS / W;
 __host__ __device__ constexpr int lanes(int n) { return n <= 1 ? 1 : 2 * lanes((n + 1) / 2); }
 constexpr int LANES = lanes(VECTORS);                    // lanes that share a key: a power of two
 constexpr int KEYS = 32 / LANES, GROUPS = WARPS * KEYS;  // keys at a time of a warp, of the block
-constexpr int SHORTEST = 2 * GROUPS;                     // keys that are worth a block
+constexpr int AT_ONCE = 4;                               // keys at a time of a group
+constexpr int SHORTEST = AT_ONCE * GROUPS;               // keys that are worth a block
 constexpr float EPS = K_EPS, NONE = -1e30f;              // below every score
 static_assert(LANES <= 32, "a head is at most 32 vectors");
 using Part = Vec<floatX, W>;
@@ -73,22 +76,34 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
     f32* __restrict__ out, f32* partial, i32* ticket, floatX* k_cache, floatX* v_cache, const f32* qkv,
     const floatX* __restrict__ q_weight, const floatX* __restrict__ k_weight, const f32* __restrict__ cos,
     const f32* __restrict__ sin, const i32* pos_of, i32 S, f32 scale) {
-    __shared__ float query[HEADS][HS], merged[WARPS][HEADS][HS + 2], key[HS];
+    __shared__ float query[HEADS][HS], merged[WARPS][HEADS][HS + 2], key[HS], factor[SPLITS][HEADS];
     __shared__ int last;
     const int split = blockIdx.x, kv = blockIdx.y / PARTS, part = blockIdx.y % PARTS, b = blockIdx.z;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lane_in = lane % LANES;
     const int heads = G - part * HEADS < HEADS ? G - part * HEADS : HEADS;
-    let_next_start();
-    wait_for_previous();
+    const bool used = lane_in < VECTORS;
     const int pos = pos_of[b], T = pos + 1;
     const int even = (T + SPLITS - 1) / SPLITS, chunk = even > SHORTEST ? even : SHORTEST;
-    const int active = (T + chunk - 1) / chunk, begin = split * chunk;
-    if (begin >= T) return;
-    const int end = begin + chunk < T ? begin + chunk : T;
+    const int active = (T + chunk - 1) / chunk, begin = split * chunk, end = begin + chunk < T ? begin + chunk : T;
     floatX* keys = k_cache + ((i64)b * NKV + kv) * S * HS;
     floatX* values = v_cache + ((i64)b * NKV + kv) * S * HS;
-    const f32* row = qkv + (i64)b * QKV;
+    Part kt[AT_ONCE], vt[AT_ONCE];
+    const auto load = [&](int first) {  // the older tokens' only: the cache holds them since the step before
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int t = first + (u * WARPS + warp) * KEYS + lane / LANES;
+            if (t < end && t < pos && used) {
+                kt[u] = reinterpret_cast<const Part*>(keys + (i64)t * HS)[lane_in];
+                vt[u] = reinterpret_cast<const Part*>(values + (i64)t * HS)[lane_in];
+            }
+        }
+    };
+    load(begin);
+    let_next_start();
+    wait_for_previous();
+    if (begin >= T) return;
 
+    const f32* row = qkv + (i64)b * QKV;
     const bool owner = end == T;  // of the new position; each part writes the same bits there
     for (int h = warp; h < heads + owner; h += WARPS)
         if (h < heads)
@@ -96,15 +111,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
         else
             turned(key, row + (NH + kv) * HS, k_weight, cos, sin, pos);
     __syncthreads();
-    if (owner) {
+    if (owner)
         for (int i = threadIdx.x; i < HS; i += BLOCK) {
             keys[(i64)pos * HS + i] = from_float<floatX>(key[i]);
             values[(i64)pos * HS + i] = from_float<floatX>(row[(NH + NKV + kv) * HS + i]);
         }
-        __syncthreads();
-    }
 
-    const bool used = lane_in < VECTORS;
     float q[HEADS][W], m[HEADS], l[HEADS], acc[HEADS][W];
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
@@ -116,26 +128,45 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
             acc[h][k] = 0.0f;
         }
     }
-    for (int first = begin; first < end; first += GROUPS) {  // all lanes of a warp together: they exchange sums
-        const int t = first + warp * KEYS + lane / LANES;
-        Part kt, vt;
-        const bool here = t < end && used;
-        if (here) {
-            kt = reinterpret_cast<const Part*>(keys + (i64)t * HS)[lane_in];
-            vt = reinterpret_cast<const Part*>(values + (i64)t * HS)[lane_in];
+    for (int first = begin; first < end; first += GROUPS * AT_ONCE) {  // all lanes of a warp: they exchange sums
+        if (first > begin) load(first);
+        bool here[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            const int t = first + (u * WARPS + warp) * KEYS + lane / LANES;
+            here[u] = t < end && used;
+            if (t == pos && used) {
+#pragma unroll
+                for (int k = 0; k < W; k++) {
+                    kt[u].set(k, key[lane_in * W + k]);
+                    vt[u].set(k, row[(NH + NKV + kv) * HS + lane_in * W + k]);
+                }
+            }
         }
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
-            float score = 0.0f;
+            float score[AT_ONCE], top = m[h];
 #pragma unroll
-            for (int k = 0; k < W; k++) score += here ? q[h][k] * kt[k] : 0.0f;
-            score = warp_sum<LANES>(score);
-            if (!here) continue;
-            const float top = fmaxf(m[h], score), keep = exponential(m[h] - top), p = exponential(score - top);
+            for (int u = 0; u < AT_ONCE; u++) {
+                score[u] = 0.0f;
+#pragma unroll
+                for (int k = 0; k < W; k++) score[u] += here[u] ? q[h][k] * kt[u][k] : 0.0f;
+                score[u] = warp_sum<LANES>(score[u]);
+                if (here[u]) top = fmaxf(top, score[u]);
+            }
+            const float keep = exponential(m[h] - top);
             m[h] = top;
-            l[h] = l[h] * keep + p;
+            l[h] *= keep;
 #pragma unroll
-            for (int k = 0; k < W; k++) acc[h][k] = acc[h][k] * keep + p * vt[k];
+            for (int k = 0; k < W; k++) acc[h][k] *= keep;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; u++) {
+                if (!here[u]) continue;
+                const float p = exponential(score[u] - top);
+                l[h] += p;
+#pragma unroll
+                for (int k = 0; k < W; k++) acc[h][k] += p * vt[u][k];
+            }
         }
     }
 #pragma unroll
@@ -191,17 +222,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
     if (!last) return;
     __threadfence();
     const f32* all = partial + place * SPLITS * HEADS * (HS + 2);
-    for (int i = threadIdx.x; i < heads * HS; i += BLOCK) {
-        const int h = i / HS, c = i % HS;
-        float top = NONE, sum = 0.0f, total = 0.0f;
-        for (int s = 0; s < active; s++) top = fmaxf(top, __ldcg(all + (s * HEADS + h) * (HS + 2)));
-        for (int s = 0; s < active; s++) {
-            const f32* one = all + (s * HEADS + h) * (HS + 2);
-            const float e = exponential(__ldcg(one) - top);
-            sum += e * __ldcg(one + 1);
-            total += e * __ldcg(one + 2 + c);
+    for (int h = warp; h < heads; h += WARPS) {  // what each part counts for
+        constexpr int EACH = (SPLITS + 31) / 32;
+        float largest = NONE, sum = 0.0f, tops[EACH], sums[EACH];
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            const int s = e * 32 + lane;
+            tops[e] = s < active ? __ldcg(all + (s * HEADS + h) * (HS + 2)) : NONE;
+            sums[e] = s < active ? __ldcg(all + (s * HEADS + h) * (HS + 2) + 1) : 0.0f;
+            largest = fmaxf(largest, tops[e]);
         }
-        result[i] = total / sum;
+        for (int apart = 16; apart > 0; apart /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
+        for (int apart = 16; apart > 0; apart /= 2)
+            largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
+#pragma unroll
+        for (int e = 0; e < EACH; e++) {
+            tops[e] = exponential(tops[e] - largest);
+            sum += tops[e] * sums[e];
+        }
+        sum = warp_sum(sum);
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            if (e * 32 + lane < active) factor[e * 32 + lane][h] = tops[e] / sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * HALF; i += BLOCK) {
+        const int h = i / HALF, c = i % HALF;
+        float first = 0.0f, second = 0.0f;
+#pragma unroll 16
+        for (int s = 0; s < active; s++) {
+            const float2 one = __ldcg(reinterpret_cast<const float2*>(all + (s * HEADS + h) * (HS + 2) + 2) + c);
+            first += factor[s][h] * one.x;
+            second += factor[s][h] * one.y;
+        }
+        result[2 * i] = first;
+        result[2 * i + 1] = second;
     }
 }
 

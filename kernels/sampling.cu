@@ -22,7 +22,7 @@
 // CONTRACT  contracts/sampling-v1.yaml      REFERENCE  apr/reference/sampling.py
 #include "common.cuh"
 using u64 = unsigned long long;
-constexpr int B = K_B, BESTS = K_BESTS, C = K_C, V = K_V, BLOCK = 1024, WARPS = BLOCK / 32, BINS = 256;
+constexpr int B = K_B, BESTS = K_BESTS, C = K_C, V = K_V, BLOCK = 1024, WARPS = BLOCK / 32, BINS = 2048;
 constexpr int CHUNK = ((V + BLOCK - 1) / BLOCK + 31) / 32 * 32, CHUNKS = (V + CHUNK - 1) / CHUNK;
 enum { VOCAB, SEED, FIRST, TOP_K, LIMIT };
 
@@ -124,33 +124,38 @@ __device__ __forceinline__ int lane_with(u64 sum, u64& rest) {
     return holder;
 }
 
-// The smallest key that is kept: those are kept above which, strictly, the others weigh at most `rest`. Byte by byte
-// from the top. A score weighs its weight (MASS), or 1; keys below `least` are out already.
+// The smallest key that is kept: those are kept above which, strictly, the others weigh at most `rest`. 11 bits at a
+// time from the top. A score weighs its weight (MASS), or 1; keys below `least` are out already. Shared memory adds 32
+// bits at a time natively, so a sum is kept in three parts of 14 bits.
 template <bool MASS>
-__device__ __forceinline__ u32 threshold(const f32* logits, int vocab, float top, float inverse, u32 least, u64 rest) {
-    __shared__ u64 bins[BINS];
+__device__ __forceinline__ u32 threshold(u32 (&bins)[3][BINS], const f32* logits, int vocab, float top, float inverse,
+                                         u32 least, u64 rest) {
     __shared__ u32 chosen;
     __shared__ u64 left;
     constexpr int EACH = BINS / 32;
+    static_assert(V <= 1 << 18, "a part of a sum would overflow");
+    const auto weight = [&](int bin) { return bins[0][bin] + ((u64)bins[1][bin] << 14) + ((u64)bins[2][bin] << 28); };
     u32 prefix = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int i = threadIdx.x; i < BINS; i += BLOCK) bins[i] = 0;
+    for (int shift = 21; shift >= 0; shift = shift == 21 ? 10 : shift - 10) {
+        for (int i = threadIdx.x; i < 3 * BINS; i += BLOCK) bins[0][i] = 0;
         __syncthreads();
-        const u32 mask = shift == 24 ? 0u : ~0u << (shift + 8);
+        const u32 known = shift == 21 ? 0u : shift == 10 ? ~0u << 21 : ~0u << 10, digit = shift == 0 ? 1023 : 2047;
         for (int i = threadIdx.x; i < vocab; i += BLOCK) {
             const float score = logits[i];
             const u32 key = ordered(score);
-            if (key < least || (key & mask) != prefix) continue;
-            const u64 weight = MASS ? weight_of(score, top, inverse) : 1;
-            if (weight > 0) atomicAdd(&bins[key >> shift & 255], weight);
+            if (key < least || (key & known) != prefix) continue;
+            const u32 bin = key >> shift & digit, w = MASS ? (u32)weight_of(score, top, inverse) : 1;
+            if (w & 16383) atomicAdd(&bins[0][bin], w & 16383);
+            if (w >> 14) atomicAdd(&bins[1][bin], w >> 14 & 16383);
+            if (w >> 28) atomicAdd(&bins[2][bin], w >> 28);
         }
         __syncthreads();
         if (threadIdx.x < 32) {
             u64 sum = 0;
-            for (int e = 0; e < EACH; e++) sum += bins[BINS - 1 - (threadIdx.x * EACH + e)];
+            for (int e = 0; e < EACH; e++) sum += weight(BINS - 1 - (threadIdx.x * EACH + e));
             if (lane_with(sum, rest) == threadIdx.x) {
                 int bin = BINS - 1 - threadIdx.x * EACH;
-                for (const int last = bin - EACH + 1; bin > last && rest >= bins[bin]; bin--) rest -= bins[bin];
+                for (const int last = bin - EACH + 1; bin > last && rest >= weight(bin); bin--) rest -= weight(bin);
                 chosen = prefix | (u32)bin << shift;
                 left = rest;
             }
@@ -203,6 +208,7 @@ __device__ __forceinline__ int draw(const f32* logits, int vocab, float top, flo
 extern "C" __global__ void __launch_bounds__(BLOCK) sample(
     f32* __restrict__ x, i32* token, i32* pos, i32* step, i32* tokens, const f32* all_logits, const f32* best_score,
     const i32* best_id, const floatX* __restrict__ matrix, const i64* settings, const f64* odds) {
+    __shared__ u32 bins[3][BINS];
     let_next_start();
     wait_for_previous();
     float top;
@@ -213,13 +219,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sample(
         const float inverse = (float)odds[0];
         const i64 top_k = settings[TOP_K];
         u32 least = 0;
-        if (top_k > 0 && top_k < vocab) least = threshold<false>(logits, vocab, top, inverse, 0, top_k - 1);
+        if (top_k > 0 && top_k < vocab) least = threshold<false>(bins, logits, vocab, top, inverse, 0, top_k - 1);
         if (odds[1] < 1.0) {
             u64 sum = 0;
             for (int i = threadIdx.x; i < vocab; i += BLOCK)
                 if (ordered(logits[i]) >= least) sum += weight_of(logits[i], top, inverse);
             const u64 target = (u64)ceil(odds[1] * (f64)total_of(sum));
-            const u32 least_p = threshold<true>(logits, vocab, top, inverse, least, target > 1 ? target - 1 : 0);
+            const u64 rest = target > 1 ? target - 1 : 0;
+            const u32 least_p = threshold<true>(bins, logits, vocab, top, inverse, least, rest);
             least = least_p > least ? least_p : least;
         }
         const u64 bits = random_bits(settings[SEED], pos[blockIdx.x] + 1, settings[FIRST] + blockIdx.x);

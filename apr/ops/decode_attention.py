@@ -55,7 +55,7 @@ def decode_attention(dev: Device, out: Any, partial: Any, ticket: Any, k_cache: 
     """
     c = config
     dev.launch(ATTENTION, decode_attention_baked(c, floatx(k_cache)), (splits(c), c.NKV * parts(c), qkv.shape[0]),
-               (128,), (out, partial, ticket, k_cache, v_cache, qkv, q_weight, k_weight, cos, sin, pos,
+               (256,), (out, partial, ticket, k_cache, v_cache, qkv, q_weight, k_weight, cos, sin, pos,
                         np.int32(k_cache.shape[-2]), np.float32(scale)), programmatic=True)
 
 

@@ -46,10 +46,14 @@ def _baked(matrix: Any, B: int, eps: float) -> Baked:
     return decode_linear_baked(B, matrix.shape[0], matrix.shape[1], eps, floatx(matrix))
 
 
-def decode_qkv(dev: Device, out: Any, x: Any, matrix: Any, weight: Any, bias: Any, *, eps: float) -> None:
-    """out (B, O) f32 = norm(x) · matrixᵀ + bias; x (B, I) f32; matrix (O, I), weight (I,), bias (O,) or None floatX."""
+def decode_qkv(dev: Device, out: Any, x: Any, matrix: Any, weight: Any, bias: Any, *, eps: float, first: bool) -> None:
+    """out (B, O) f32 = norm(x) · matrixᵀ + bias; x (B, I) f32; matrix (O, I), weight (I,), bias (O,) or None floatX.
+
+    `first`: it starts when everything before it has ended, so that what follows may read early what earlier steps left.
+    """
     baked = _baked(matrix, x.shape[0], eps)
-    dev.launch(QKV, baked, _grid(baked), (int(baked["BLOCK"]),), (out, x, matrix, weight, bias), programmatic=True)
+    dev.launch(QKV, baked, _grid(baked), (int(baked["BLOCK"]),), (out, x, matrix, weight, bias),
+               programmatic=not first)
 
 
 def decode_add(dev: Device, x: Any, inp: Any, matrix: Any, *, eps: float) -> None:

@@ -29,7 +29,7 @@ def test_decode_qkv_matches_reference(arrays, rng, shape, b):
     bias = arrays.round(rng.standard_normal(o))
     for given in (None, bias):
         decode_qkv(arrays.dev, out, arrays.read(x, "f32"), arrays.read(matrix), arrays.read(weight),
-                   None if given is None else arrays.read(given), eps=EPS)
+                   None if given is None else arrays.read(given), eps=EPS, first=True)
         x_, m_, w_ = f64(x, matrix, weight)
         truth = linear_forward(rmsnorm_forward(x_, w_, EPS)[0], m_) + (0 if given is None else f64(given)[0])
         arrays.judge("out", out, truth, gate("decode_linear"))
@@ -105,7 +105,7 @@ def test_decode_linear_gives_a_row_the_same_bits_alone_and_in_a_batch(arrays, rn
     m, w, results = arrays.read(matrix), arrays.read(weight), {}
     for b in BATCHES:
         out = arrays.out(b, o, dtype="f32")
-        decode_qkv(arrays.dev, out, arrays.read(x[:b], "f32"), m, w, None, eps=EPS)
+        decode_qkv(arrays.dev, out, arrays.read(x[:b], "f32"), m, w, None, eps=EPS, first=False)
         results[b] = arrays.bits(out)
     for b in BATCHES:
         assert (results[8][:b] == results[b]).all(), f"batch {b} differs from batch 8"
