@@ -96,6 +96,11 @@ def _private(folder: Path) -> bool:
     return info.st_uid == os.geteuid() and info.st_mode & 0o022 == 0 and os.access(folder, os.W_OK | os.X_OK)
 
 
+def skip_parity_gate() -> bool:
+    """Whether SKIP_PARITY_GATE=1 (upstream's name) asks for no check of the GPU at the start of `apr run`."""
+    return os.environ.get("SKIP_PARITY_GATE") == "1"
+
+
 def cuda_visible_devices() -> str | None:
     """CUDA_VISIBLE_DEVICES, which hides GPUs from the driver; None if unset."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -7,6 +7,8 @@ from pinned memory as they appear, and drops what was computed after a sequence 
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from apr.device import Device
 from apr.dtypes import BY_NAME
 from apr.errors import AprError, ShapeError
 from apr.formats.source import ModelSource
+from apr.formats.tensors import raw_bytes
 from apr.gemm import Gemm
 from apr.infer.engine import Engine, check_prompts
 from apr.model import Model
@@ -31,6 +34,7 @@ AHEAD = 8  # steps launched before the first of them is read
 PENDING = -3  # in `tokens` before the step has ended
 NOT_A_NUMBER = -2
 SILENCE = 10.0  # seconds without a token after which the stream is asked whether it still lives
+HASHERS = 8  # threads
 BATCHES = (1, 2, 4, 8)  # kernels are compiled for these
 
 
@@ -59,11 +63,17 @@ class CudaEngine(Engine):
         self.graph: Any = None
 
     def _upload(self, source: ModelSource) -> None:
-        """Every parameter to its place, rounded to the storage type where it is wider."""
+        """Every parameter to its place, rounded to the storage type where it is wider; and the hash of them all."""
         wanted = BY_NAME["BF16" if self.precision == "bf16" else "F32"].numpy
-        for spec in self.net.layout.specs:
-            place = self.arena.part("params", self.net.layout.offset(spec.name), spec.shape)
-            self.dev.upload(place, source.read(spec.name).astype(wanted, copy=False))
+        with ThreadPoolExecutor(HASHERS) as pool:
+            hashes = []
+            for spec in self.net.layout.specs:
+                place = self.arena.part("params", self.net.layout.offset(spec.name), spec.shape)
+                values = source.read(spec.name)
+                hashes.append(pool.submit(_fingerprint, spec.name, values))
+                self.dev.upload(place, values.astype(wanted, copy=False))
+            every = [repr(self.config), *(h.result() for h in hashes)]
+        self.weights_sha256 = sha256("\n".join(every).encode()).hexdigest()
 
     def weight(self, name: str) -> np.ndarray:
         """A parameter as it lies on the GPU: float32, or ml_dtypes.bfloat16."""
@@ -140,8 +150,8 @@ class CudaEngine(Engine):
         out = []
         for slot, (prompt, n) in enumerate(zip(prompts, cached, strict=True)):
             batch = self._prefill(slot, prompt[:n], tap)
-            out.append([*self.net.logits(batch)[0]])
-            if tap is not None:
+            out.append([] if batch is None else [*self.net.logits(batch)[0]])
+            if tap is not None and batch is not None:
                 tap("logits", np.stack(out[-1])[None])
         whole = Sampling(self.config.V)
         for step in range(max(len(p) - n for p, n in zip(prompts, cached, strict=True))):
@@ -153,3 +163,7 @@ class CudaEngine(Engine):
                 if n + step < len(p):
                     rows.append(row)
         return [np.stack(rows) for rows in out]
+
+
+def _fingerprint(name: str, array: np.ndarray) -> str:
+    return f"{name} {array.dtype} {sha256(raw_bytes(array)).hexdigest()}"

@@ -33,9 +33,9 @@ class Engine(ABC):
                ) -> list[np.ndarray]:
         """Next-token scores (T, V) float32 at every position of each prompt, given as they are.
 
-        The first cached[i] >= 1 tokens of prompt i go through prefill, the rest through decoding steps one by one, all
-        prompts together. `tap` sees every stage of every layer as (B, T, ...): in decoding once per step, T = 1. Raises
-        ShapeError as generate.
+        The first cached[i] tokens (0: none) of prompt i go through prefill, the rest through decoding steps one by one,
+        all prompts together. `tap` sees every stage of every layer as (B, T, ...): in decoding once per step, T = 1; what
+        a fused kernel has inside it does not show. Raises ShapeError as generate.
         """
 
 
