@@ -12,7 +12,8 @@ from apr.infer.cuda_engine import CudaEngine
 from apr.reference.model import model_forward
 from apr.reference.sampling import choose
 
-GATE = {"fp32": 2e-5, "bf16": 0.1}  # bf16: activations of a prompt are rounded, attention is sharp
+GATE = 1e-5  # float32, at every position
+BF16_GATE = 0.05  # over all positions: a prompt's activations are rounded to 8 bits, and attention here is sharp
 MODELS = {
     **{name: dataclasses.replace(c, max_position_embeddings=700, head_dim=32, vocab_size=307)
        for name, c in FAMILIES.items()},
@@ -42,9 +43,9 @@ def test_prefill_then_cached_decoding_equals_the_full_forward(dev, name, precisi
         ids = prompt(length, length)
         got, = engine.scores([ids], [cached])
         truth = model_forward(params, config, np.array([ids]))[0]
-        for at in range(length):
-            error = relative_l2(got[at], truth[at])
-            assert error <= GATE[precision], f"{length} tokens, {cached} in prefill, position {at}: {error:.2e}"
+        assert relative_l2(got, truth) <= (GATE if precision == "fp32" else BF16_GATE), f"{length}, {cached} in prefill"
+        errors = [relative_l2(got[at], truth[at]) for at in range(length)] if precision == "fp32" else [0.0]
+        assert max(errors) <= GATE, f"{length} tokens, {cached} in prefill, position {np.argmax(errors)}: {max(errors)}"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
