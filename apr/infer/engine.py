@@ -34,7 +34,7 @@ class Engine(ABC):
         """Next-token scores (T, V) float32 at every position of each prompt, given as they are.
 
         The first cached[i] tokens (0: none) of prompt i go through prefill, the rest through decoding steps one by one,
-        all prompts together. `tap` sees every stage of every layer as (B, T, ...), in decoding once per step with T = 1;
+        all prompts together. `tap` sees every stage of each layer as (B, T, ...), in decoding once per step with T = 1;
         what a fused kernel has inside it does not show. Raises ShapeError as generate.
         """
 
