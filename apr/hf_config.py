@@ -25,7 +25,8 @@ IGNORED = {"architectures", "model_type", "transformers_version", "torch_dtype",
            "eos_token_id", "pad_token_id", "initializer_range", "max_window_layers", "_name_or_path",
            "_attn_implementation_autoset", "return_dict", "output_attentions", "output_hidden_states",
            "is_llama_config", "transformers.js_config", "id2label", "label2id", "problem_type",
-           "chunk_size_feed_forward", "is_decoder", "unk_token_id", "sep_token_id", "attn_implementation"}
+           "chunk_size_feed_forward", "is_decoder", "unk_token_id", "sep_token_id", "attn_implementation",
+           "tokenizer_class", "unsloth_version", "unsloth_fixed"}
 SPECIAL = {"rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "sliding_window",
            "layer_types"}
 
@@ -76,6 +77,27 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
                                "high_freq_factor": s.high_freq_factor,
                                "original_max_position_embeddings": s.original_max_position_embeddings}
     return out
+
+
+def config_facts(values: dict[str, Any], config: TransformerConfig) -> list[str]:
+    """What from_hf read out of a config.json where there was a choice, and from where: one line each, for people."""
+    def origin(key: str, otherwise: str) -> str:
+        return "from config.json" if values.get(key) is not None else otherwise
+
+    nested = (values.get("rope_parameters") or {}).get("rope_theta") is not None
+    heads = f"{config.NH} query heads"
+    facts = [f"family {config.hf_model_type} from model_type",
+             f"rope_theta {config.rope_theta:.12g} from {'rope_parameters' if nested else 'config.json'}",
+             f"rms_norm_eps {config.rms_norm_eps:.12g} from config.json",
+             f"head_dim {config.HS} {origin('head_dim', 'as hidden_size / num_attention_heads')}",
+             f"{heads}, {config.NKV} of keys and values {origin('num_key_value_heads', 'as num_attention_heads')}"]
+    if config.rope_scaling is not None:
+        facts.append(f"rope scaling llama3, factor {config.rope_scaling.factor:.12g}, from "
+                     f"{'rope_scaling' if values.get('rope_scaling') is not None else 'rope_parameters'}")
+    if config.max_position_embeddings != values["max_position_embeddings"]:
+        facts.append(f"at most {config.max_position_embeddings} positions from sliding_window, not "
+                     f"{values['max_position_embeddings']} from max_position_embeddings")
+    return facts
 
 
 def _need(values: dict[str, Any], key: str, where: str) -> Any:

@@ -15,14 +15,13 @@ SOURCE  the published crate apr-format; this reader also refuses what that one l
 """
 
 import io
+import itertools
 import json
 import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
-
-import numpy as np
 
 from apr.dtypes import APR_QUANTISED, BY_APR_CODE, BY_NUMPY
 from apr.errors import FormatError, IntegrityError
@@ -32,9 +31,11 @@ from apr.formats.tensors import (
     MAX_NAME,
     TensorEntry,
     TensorFile,
+    Writable,
     checked_name,
     checked_shape,
     checked_tiling,
+    file_state,
     raw_bytes,
 )
 from apr.strict import MAX_JSON_BYTES, parse_json
@@ -67,7 +68,7 @@ def open_apr(path: Path) -> TensorFile:
 
 
 def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
-    where = str(path)
+    where, state = str(path), file_state(file)
 
     def refuse(expected: str, found: str, fix: str = "write the file again") -> NoReturn:
         raise FormatError(where, expected, found, fix)
@@ -113,7 +114,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
         if any(file.read(_up(end) - end)):
             refuse("zero padding after each tensor", f"other bytes after '{entry.name}'")
     _check_payload(where, file, size)
-    return TensorFile(path, file, metadata, entries, flags)
+    return TensorFile(path, file, metadata, entries, state, flags)
 
 
 def _index(where: str, data: bytes, count: int, data_at: int, end: int) -> dict[str, TensorEntry]:
@@ -175,10 +176,11 @@ def _check_payload(where: str, file: BinaryIO, size: int) -> None:
                              "the file is damaged; get it again")
 
 
-def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+def write_apr(path: Path, arrays: Mapping[str, Writable], metadata: Mapping[str, Any]) -> None:
     """Write a file; the same arrays and metadata give the same bytes. `path` is replaced whole or not at all.
 
-    Raises FormatError for a name or dtype that the format lacks, StorageError.
+    A StoredArray is read once, when its turn comes, and one is in memory at a time. Raises FormatError for a name or
+    dtype that the format lacks, StorageError.
     """
     names = sorted(arrays, key=lambda n: n.encode("utf-8"))
     index, position = b"", 0
@@ -203,7 +205,7 @@ def write_apr(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
     with replacing(path) as f:
         crc = 0
         prefix = (head + text).ljust(index_at, b"\0") + index
-        for part in (memoryview(prefix), *(raw_bytes(arrays[n]) for n in names)):
+        for part in itertools.chain([memoryview(prefix)], (raw_bytes(arrays[n]) for n in names)):
             for piece in (part, memoryview(bytes(-part.nbytes % ALIGN))):
                 f.write(piece)
                 crc = zlib.crc32(piece, crc)

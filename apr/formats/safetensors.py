@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from apr.dtypes import BY_NAME, BY_NUMPY, DType
 from apr.errors import FormatError
 from apr.files import open_regular, os_errors, replacing
-from apr.formats.tensors import TensorEntry, TensorFile, checked_name, checked_shape, checked_tiling, raw_bytes
+from apr.formats.tensors import (
+    TensorEntry,
+    TensorFile,
+    Writable,
+    checked_name,
+    checked_shape,
+    checked_tiling,
+    file_state,
+    raw_bytes,
+)
 from apr.strict import MAX_JSON_BYTES, parse_json
 
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -31,6 +38,7 @@ def open_safetensors(path: Path) -> TensorFile:
     where = str(path)
     file, size = open_regular(path)
     try:
+        state = file_state(file)
         with os_errors(where):
             head = file.read(8)
             length = int.from_bytes(head, "little")
@@ -47,7 +55,7 @@ def open_safetensors(path: Path) -> TensorFile:
         data_start = 8 + length
         entries = {name: _entry(where, name, value, data_start) for name, value in header.items()}
         checked_tiling(where, entries, data_start, size, align=1)
-        return TensorFile(path, file, metadata, entries)
+        return TensorFile(path, file, metadata, entries, state)
     except BaseException:
         file.close()
         raise
@@ -67,7 +75,7 @@ def _entry(where: str, name: str, value: Any, data_start: int) -> TensorEntry:
     return TensorEntry(name, dtype, shape, data_start + offsets[0], offsets[1] - offsets[0])
 
 
-def encode_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+def encode_header(arrays: Mapping[str, Writable], metadata: Mapping[str, str]) -> bytes:
     """The header of a file that holds `arrays` in this order, padded so that the data starts at a multiple of 64."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
@@ -82,15 +90,18 @@ def encode_header(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write `arrays` in this order; `path` is replaced whole or not at all. Raises StorageError, FormatError."""
+def write_safetensors(path: Path, arrays: Mapping[str, Writable], metadata: Mapping[str, str]) -> None:
+    """Write `arrays` in this order; `path` is replaced whole or not at all. Raises StorageError, FormatError.
+
+    A StoredArray is read when its turn comes.
+    """
     with replacing(path) as f:
         f.write(encode_header(arrays, metadata))
         for array in arrays.values():
             f.write(raw_bytes(array))
 
 
-def _dtype(name: str, array: np.ndarray) -> DType:
+def _dtype(name: str, array: Writable) -> DType:
     dtype = BY_NUMPY.get(array.dtype)
     if dtype is None:
         raise FormatError(f"tensor '{name}'", "a dtype of apr/dtypes.py", str(array.dtype), "convert it first")

@@ -1,7 +1,8 @@
 """What the tensor files have in common: an entry of their index, and the checks that keep a hostile index harmless."""
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,8 +10,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from apr.dtypes import DType
-from apr.errors import FormatError
-from apr.files import os_errors
+from apr.errors import FormatError, ShapeError
+from apr.files import CHUNK, os_errors
 
 MAX_DIMENSIONS = 8
 MAX_NAME = 256  # bytes
@@ -31,26 +32,47 @@ class TensorEntry:
 class TensorFile:
     """An open, fully checked file of tensors, also a context manager.
 
-    `entries` by name, in the file's order; `metadata` (texts only in safetensors); `flags` (.apr only).
+    `entries` by name, in the file's order; `metadata` (texts only in safetensors); `state` is file_state at the
+    opening; `flags` (.apr only).
     """
 
     path: Path
     file: BinaryIO
     metadata: dict[str, Any]
     entries: dict[str, TensorEntry]
+    state: tuple[int, int]
     flags: int = 0
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has become shorter."""
+        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has changed meanwhile."""
         entry = self.entries[name]
         out = np.empty(entry.shape, entry.dtype.numpy)
         with os_errors(str(self.path)):
             self.file.seek(entry.start)
             got = self.file.readinto(raw_bytes(out)) if entry.nbytes else 0  # type: ignore[attr-defined]
+        self._check_read(entry, got)
+        return out
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, CHUNK at a time. Raises as read."""
+        entry, got = self.entries[name], 0
+        with os_errors(str(self.path)):
+            while got < entry.nbytes:
+                self.file.seek(entry.start + got)  # another tensor may be read in between
+                part = self.file.read(min(CHUNK, entry.nbytes - got))
+                if not part:
+                    break
+                got += len(part)
+                yield part
+        self._check_read(entry, got)
+
+    def _check_read(self, entry: TensorEntry, got: int) -> None:
         if got != entry.nbytes:
             raise FormatError(f"{self.path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}",
                               "the file was cut; get it again")
-        return out
+        if file_state(self.file) != self.state:
+            raise FormatError(f"{self.path}: tensor '{entry.name}'", "a file that stays as it is",
+                              "changed while it was read", "wait for its writer to end, and run again")
 
     def read_all(self) -> dict[str, np.ndarray]:
         """Every tensor by name."""
@@ -65,6 +87,35 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array that a writer reads when its turn comes: a model need not fit in memory to be written."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        """Number of sizes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Writable = np.ndarray | StoredArray
+
+
+def file_state(file: BinaryIO) -> tuple[int, int]:
+    """Size and time of change (ns) of an open file: they differ when somebody wrote to it."""
+    with os_errors("the open file"):
+        info = os.fstat(file.fileno())
+    return info.st_size, info.st_mtime_ns
 
 
 def checked_name(where: str, name: str) -> str:
@@ -103,6 +154,11 @@ def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, e
                           "the file is cut short or has something appended; get it again")
 
 
-def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in row-major order; a view where it is contiguous."""
+def raw_bytes(array: Writable) -> memoryview:
+    """The bytes of an array in row-major order; a view where it is contiguous. A StoredArray is read."""
+    if isinstance(array, StoredArray):
+        announced, array = array, array.read()
+        if (array.shape, array.dtype) != (announced.shape, announced.dtype):
+            raise ShapeError("array to write", f"{announced.dtype} {list(announced.shape)}",
+                             f"{array.dtype} {list(array.shape)}", "this is a defect of its reader")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
