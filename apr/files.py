@@ -67,7 +67,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     with f, os_errors(str(path)):
         if size > limit:
             raise FormatError(str(path), f"at most {limit} bytes", f"{size}", "this is not such a file; check the path")
-        return f.read(limit)
+        return f.read(size)
 
 
 def sha256_file(path: Path) -> str:

@@ -27,6 +27,7 @@ IGNORED = {"architectures", "model_type", "transformers_version", "torch_dtype",
            "is_llama_config", "transformers.js_config", "id2label", "label2id", "problem_type",
            "chunk_size_feed_forward", "is_decoder", "unk_token_id", "sep_token_id", "attn_implementation",
            "tokenizer_class", "unsloth_version", "unsloth_fixed"}
+STORED_AS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the type of the weights, which loaders go by
 SPECIAL = {"rope_theta", "rope_scaling", "rope_parameters", "num_key_value_heads", "head_dim", "sliding_window",
            "layer_types"}
 
@@ -77,6 +78,11 @@ def to_hf(config: TransformerConfig) -> dict[str, Any]:
                                "high_freq_factor": s.high_freq_factor,
                                "original_max_position_embeddings": s.original_max_position_embeddings}
     return out
+
+
+def with_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json whose weights are stored as `dtype` (F32, F16, BF16); the other keys as they are."""
+    return {key: STORED_AS[dtype] if key in ("dtype", "torch_dtype") else value for key, value in values.items()}
 
 
 def config_facts(values: dict[str, Any], config: TransformerConfig) -> list[str]:

@@ -71,7 +71,9 @@ def _apr(path: Path) -> dict[str, Any]:
         out.update(config=to_hf(config), parameters=parameter_count(config))
     if "tokenizer.json" in meta:
         out["tokenizer"] = _describe(Tokenizer.from_json(str(meta["tokenizer.json"]).encode(), str(path)))
-    out["metadata"] = {k: v for k, v in meta.items() if k not in ("hf_config", "tokenizer.json")}
+    if isinstance(meta.get("hf_assets"), dict):
+        out["text_files"] = sorted(meta["hf_assets"])
+    out["metadata"] = {k: v for k, v in meta.items() if k not in ("hf_config", "tokenizer.json", "hf_assets")}
     out["tensors"] = _tensors(opened.entries)
     return out
 
