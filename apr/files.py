@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from apr.errors import AprError, FormatError, NotFoundError, StorageError
+from apr.errors import AprError, ConfigError, FormatError, NotFoundError, StorageError
 
 CHUNK = 1 << 20
 
@@ -131,3 +131,29 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, whole or not at all, durable on return. Raises StorageError."""
     with replacing(path) as f:
         f.write(data)
+
+
+@contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A name beside `path`, for a file or folder that is called `path` at the end of the block, whole or not at all.
+
+    Raises ConfigError when something is there already, NotFoundError without a folder to hold it, StorageError.
+    """
+    if os.path.lexists(path):
+        raise ConfigError(str(path), "a path that does not exist yet", "something there",
+                          "choose another, or remove it")
+    if not path.parent.is_dir():
+        raise NotFoundError(str(path), f"the folder {path.parent}", "no such folder", "make it first")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        yield temporary
+        with os_errors(str(path)):
+            if temporary.is_dir():
+                fsync_dir(temporary)
+            os.rename(temporary, path)
+            fsync_dir(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

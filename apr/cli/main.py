@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from apr import __version__
 from apr.errors import AprError, ConfigError, DeviceFault, OutOfMemoryError, one_line
@@ -19,11 +20,14 @@ from apr.paths import environment
 COMMANDS = {
     "pretrain": "train a model on text or token shards",
     "tokenize": "turn text, source trees, JSONL or Parquet into token shards",
+    "import": "turn a Hugging Face folder, a GGUF file or a model of the hub into an .apr file",
+    "export": "turn a model into a Hugging Face folder, a GGUF file or a safetensors file",
     "inspect": "show what a model file, checkpoint, run, tokenizer or shard folder holds, and verify it",
     "plan": "show the GPU memory that training a model takes, and whether it fits",
     "cache": "list, explain, verify, fill or empty the cache of compiled kernels",
     "doctor": "show what this machine has of what apr needs, and what can be done with it",
 }
+MODULES = {"import": "import_model", "export": "export_model"}  # where it is not the command's own name
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,10 +37,15 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("command line", "valid arguments", message, f"see '{self.prog} --help'")
 
 
+def module(command: str) -> Any:
+    """The module of one command, loaded: its `add_arguments` and `run`."""
+    return importlib.import_module(f"apr.cli.{MODULES.get(command, command)}")
+
+
 def build(command: str) -> Parser:
     """The parser of one command, its module loaded."""
     parser = Parser(prog=f"apr {command}", description=COMMANDS[command], allow_abbrev=False)
-    importlib.import_module(f"apr.cli.{command}").add_arguments(parser)
+    module(command).add_arguments(parser)
     return parser
 
 
@@ -58,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_trace = environment().get("APR_TRACEBACK") == "1"
         command = _overview().parse_args(arguments[:1]).command
         args = build(command).parse_args(arguments[1:])
-        return int(importlib.import_module(f"apr.cli.{command}").run(args) or 0)
+        return int(module(command).run(args) or 0)
     except DeviceFault as e:  # nothing may ask CUDA for anything again, not even to give memory back
         code = _fail(e)
         sys.stdout.flush()

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
@@ -16,6 +18,16 @@ QUIET_SECONDS = 30.0  # between lines about steps when there is no terminal
 def print_json(event: Event) -> None:
     """The event as a line on stdout."""
     print(to_line(event), flush=True)
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A function to call once for each of `total` things; on a terminal a bar on stderr shows how many are done."""
+    console = Console(file=sys.stderr)
+    with Progress(TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(24), console=console,
+                  transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda name: progress.advance(task)
 
 
 class Display:

@@ -82,7 +82,8 @@ def open_hf(path: Path) -> ModelSource:
 def _inside(folder: Path, name: str) -> Path:
     """folder/name, unless it is a link that leads elsewhere: a model must not carry away another file of this machine.
 
-    A hub cache keeps snapshots/<revision>/<name> as a link to blobs/<hash>, which is as good as the folder itself.
+    A hub cache keeps models--x/snapshots/<revision>/<name> as a link to models--x/blobs/<hash>, and that may be one to
+    blobs/<xx>/<hash> beside models--x: as good as the folder itself.
     """
     with os_errors(str(folder / name)):
         home = folder.resolve()
@@ -90,8 +91,11 @@ def _inside(folder: Path, name: str) -> Path:
             real = (home / name).resolve()
         except RuntimeError as e:  # a loop of links, before Python 3.13
             raise FormatError(str(folder / name), "a file", "a loop of links", "get the model again") from e
-    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if real.parent not in allowed:
+    places = [home]
+    if home.parent.name == "snapshots":
+        repository = home.parent.parent
+        places += [repository / "blobs", repository.parent / "blobs" / real.parent.name]
+    if real.parent not in places:
         raise FormatError(str(folder / name), "a file of this folder", "a link that leads out of it",
                           "copy the file into the folder")
     return folder / name

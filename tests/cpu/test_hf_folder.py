@@ -207,14 +207,19 @@ def test_a_link_out_of_the_folder_is_refused(name, tmp_path):
         open_hf(made)
 
 
-def test_the_hub_cache_is_a_folder_of_links(tmp_path):
-    """snapshots/<revision>/<name> leads to blobs/<hash>: what the hub's own downloads look like."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_hub_cache_is_a_folder_of_links(shared, tmp_path):
+    """snapshots/<revision>/<name> leads to blobs/<hash>, that perhaps to a store that all models share."""
     given = random_arrays(QWEN2)
     made = write_folder(tmp_path / "models--a--b" / "snapshots" / "0123", QWEN2, given, 3, assets=TEXTS)
     blobs = tmp_path / "models--a--b" / "blobs"
     blobs.mkdir()
     for n, file in enumerate(sorted(made.iterdir())):
         file.rename(blobs / str(n))
+        if shared:
+            (tmp_path / "blobs" / f"{n:02x}").mkdir(parents=True)
+            (blobs / str(n)).rename(tmp_path / "blobs" / f"{n:02x}" / "hash")
+            (blobs / str(n)).symlink_to(f"../../blobs/{n:02x}/hash")
         file.symlink_to(os.path.relpath(blobs / str(n), made))
     (tmp_path / "link").symlink_to(made)
     with open_hf(tmp_path / "link") as source:
