@@ -16,6 +16,7 @@ from apr.data.text import documents
 from apr.data.tokenizer import Tokenizer
 from apr.errors import AprError, one_line
 from apr.formats.model_file import load_model
+from apr.formats.open_model import open_model
 from apr.formats.safetensors import open_safetensors
 from apr.hf_config import from_hf
 from apr.paths import environment
@@ -52,6 +53,12 @@ def read_safetensors(path):
         return opened.metadata, opened.read_all()
 
 
+def read_model(path):
+    """Every tensor of a model."""
+    with open_model(path) as source:
+        return {name: source.read(name) for name in source.shapes}
+
+
 def with_environment(path):
     """The variables of a file of NAME=value lines, as the process's own."""
     before = dict(os.environ)
@@ -65,7 +72,7 @@ def with_environment(path):
 
 READ = {
     "apr": inspect, "checkpoint": inspect, "shards": inspect, "log": inspect, "model": load_model,
-        "safetensors": read_safetensors,
+        "safetensors": read_safetensors, "hf": read_model,
     "config": lambda path: from_hf(read_json(path), str(path)), "yaml": run_config,
     "corpus": lambda path: open_corpus(run_config(path), None, lambda _text: None),
     "tokenizer": lambda path: Tokenizer.load(path).require_eos(),
@@ -84,23 +91,26 @@ def put(name: str, data: bytes | Callable[[], bytes]) -> Callable[[Path], Path]:
 def all_cases() -> list[Case]:
     """Every case."""
     import hostile_data
+    import hostile_folders
     import hostile_models
     import hostile_settings
     import hostile_tensors
     import hostile_tokenizers
-    parts = (hostile_tensors, hostile_models, hostile_settings, hostile_data, hostile_tokenizers)
+    parts = (hostile_tensors, hostile_models, hostile_folders, hostile_settings, hostile_data, hostile_tokenizers)
     return [case for part in parts for case in part.cases()]
 
 
 def good() -> dict[str, Callable[[Path], Path]]:
     """For each kind a `write` of a file with nothing wrong: a reader that refuses everything proves nothing."""
     import hostile_data as data
+    import hostile_folders as folders
     import hostile_models as models
     import hostile_settings as settings
     import hostile_tensors as tensors
     import hostile_tokenizers as tokenizers
     return {"apr": put("x.apr", tensors.apr_bytes()), "safetensors": put("x.safetensors", tensors.st_bytes(tensors.ST)),
-            "model": models.model(), "checkpoint": models.checkpoint(), "log": models.run_folder(b'{"event": "end"}\n'),
+            "model": models.model(), "hf": folders.folder(shards=3),
+            "checkpoint": models.checkpoint(), "log": models.run_folder(b'{"event": "end"}\n'),
             "config": put("config.json", settings.HF_TEXT), "yaml": put("run.yaml", settings.yaml_text()),
             "env": put("environment", b"APR_DEVICE=cpu"), "shards": data.shards(), "tokenizer": tokenizers.json_file(),
             "text": put("x.txt", tokenizers.WORDS.encode()), "corpus": data.corpus()}

@@ -18,7 +18,7 @@ from apr.reference.model import model_forward
 HF = Path(__file__).parents[1] / "golden" / "hf"
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "smollm")
 STORED = {"llama": "F32", "mistral": "BF16", "qwen2": "F32", "qwen3": "BF16", "smollm": "F16"}
-TOLERANCE = 1e-5  # float32 against float32; measured worst 1.1e-6
+TOLERANCE = 1e-5  # float32 against float32; measured worst of a position 1.9e-6
 
 
 def load(path):

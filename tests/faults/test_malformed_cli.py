@@ -55,6 +55,8 @@ def arguments(kind, path, folder):
         (folder / "ids.bin").write_bytes(ids.tobytes())
         return ["pretrain", "--init", str(path), "--dataset", str(folder / "ids.bin"), "--run-dir", str(folder / "run"),
                 "--num-steps", "12", "--warmup-steps", "0", "--batch-size", "64", "--seq-length", "16"]
+    if kind == "hf":
+        return ["import", str(path), "-o", str(folder / "run")]
     if kind in ("tokenizer", "text"):
         (folder / "text.txt").write_text(WORDS, encoding="utf-8")
         (folder / "good.json").write_text(json.dumps(tokenizer()), encoding="utf-8")
