@@ -100,7 +100,8 @@ def model_cases():
     yield Case("B15", "model", "no configuration", without, FORMAT, "hf_config")
     for what, value in (("a list", []), ("../x", {"../x": "a"}), ("config.json", {"config.json": "{}"}),
                         ("a number", {"merges.txt": 5}),
-                        ("bad eos", {"generation_config.json": '{"eos_token_id": -1}'}), ("deep", {"generation_config.json": "[" * 200_000})):
+                        ("bad eos", {"generation_config.json": '{"eos_token_id": -1}'}),
+                        ("deep", {"generation_config.json": "[" * 200_000})):
         yield Case("B8", "model", f"hf_assets: {what}", model(hf_assets=value), FORMAT, cli=what == "../x")
     for value in (5, "", "{}", None):
         yield Case("B8", "apr", f"tokenizer.json {value!r} in the metadata", model(**{"tokenizer.json": value}), FORMAT)
