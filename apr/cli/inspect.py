@@ -12,7 +12,7 @@ from apr.tools.inspect_file import inspect
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     parser.add_argument("path", type=Path, help=".apr, .safetensors, tokenizer.json, .bin; "
-                                                "or a run, checkpoint, shard or tokenizer folder")
+                                                "or a run, checkpoint, model, shard or tokenizer folder")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{key}:")
             for name, item in value.items():
                 print(f"  {name:28} {_short(item)}")
+        elif key == "facts":
+            print("facts:", *(f"  {one_line(fact)}" for fact in value), sep="\n")
         else:
             print(f"{key:14} {_short(value)}")
     if tensors:

@@ -48,7 +48,7 @@ def _file(path: Path) -> ModelSource:
 
 def _folder(path: Path) -> ModelSource:
     if os.path.lexists(path / RUN):
-        return _folder(_newest(path))
+        path = _newest(path)
     if os.path.lexists(path / MANIFEST):
         _check_sizes(path)
     elif any(os.path.lexists(path / name) for name in TRAINING):

@@ -1,15 +1,18 @@
-"""What a file or folder holds, verified: .apr, safetensors, checkpoint, run directory, tokenizer, token shards."""
+"""What a file or folder holds, verified: .apr, safetensors, model folder, checkpoint, run, tokenizer, token shards."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from apr.data.shards import open_shards, read_manifest
 from apr.data.tokenizer import MAX_VOCABULARY, Tokenizer
+from apr.dtypes import BY_NAME
 from apr.errors import FormatError, NotFoundError
 from apr.files import sha256_file
 from apr.formats.apr_file import FLAGS, open_apr
 from apr.formats.model_file import config_from_metadata
+from apr.formats.open_model import open_model
 from apr.formats.safetensors import open_safetensors
 from apr.formats.tensors import TensorEntry
 from apr.hf_config import to_hf
@@ -49,9 +52,11 @@ def _folder(path: Path) -> dict[str, Any]:
         return _shards(path)
     if (path / MANIFEST).is_file():
         read_manifest(path / MANIFEST)
+    if (path / "config.json").is_file():
+        return _model(path)
     if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
         return _tokenizer(path)
-    raise FormatError(str(path), "a run, checkpoint, shard folder or tokenizer folder", "none of these",
+    raise FormatError(str(path), "a run, checkpoint, model, shard folder or tokenizer folder", "none of these",
                       "check the path")
 
 
@@ -83,6 +88,16 @@ def _safetensors(path: Path) -> dict[str, Any]:
     opened.close()
     return {"kind": "safetensors", "path": str(path), "sha256": sha256_file(path), "metadata": opened.metadata,
             "tensors": _tensors(opened.entries)}
+
+
+def _model(path: Path) -> dict[str, Any]:
+    """A Hugging Face folder. Its values are not read: nothing in it says what they should be."""
+    with open_model(path) as source:
+        return {"kind": "model", "path": str(path), "config": to_hf(source.config),
+                "parameters": parameter_count(source.config), "facts": list(source.facts),
+                "tensors": [{"name": name, "dtype": source.dtypes[name], "shape": list(shape),
+                             "bytes": math.prod(shape) * BY_NAME[source.dtypes[name]].size}
+                            for name, shape in source.shapes.items()]}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -157,6 +157,14 @@ def test_what_reads_differently_is_no_success(spoil, says, tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_configuration_that_says_another_model_is_no_success(tmp_path):
+    """A reader of another format makes up config.json: it must describe the very model that was read."""
+    with open_hf(write_folder(tmp_path / "a", QWEN2, random_arrays(QWEN2))) as source:
+        other = dataclasses.replace(source, config=dataclasses.replace(QWEN2, rms_norm_eps=1e-5))
+        with pytest.raises(IntegrityError, match="configuration"):
+            export_hf(other, tmp_path / "b")
+
+
 def test_every_tensor_is_counted_twice(tmp_path):
     seen: list[str] = []
     with open_hf(write_folder(tmp_path / "a", QWEN2, random_arrays(QWEN2))) as source:

@@ -64,6 +64,13 @@ def test_there_and_back_in_json(model, tmp_path, capsys):
     assert code == 0 and "as stored" in out and (tmp_path / "w.safetensors").is_file()
 
 
+def test_inspect_shows_a_folder(model, capsys):
+    code, out, _ = apr(capsys, "inspect", model[0])
+    assert code == 0 and "  qkv bias: 6 tensors\n" in out and f"BF16  97x32            {EMBED}\n" in out
+    found = json.loads(apr(capsys, "inspect", model[0], "--json")[1])
+    assert found["kind"] == "model" and sum(t["bytes"] for t in found["tensors"]) == 2 * found["parameters"]
+
+
 @pytest.mark.parametrize(("arguments", "code", "says"), [
     (["import", "nowhere", "-o", "x.apr"], 3, "nowhere"), (["import", "m", "-o", "m"], 2, "choose another --output"),
     (["import", "m"], 2, "--output"), (["import", "m", "-o", "x.apr", "--revision", "main"], 2, "--revision"),

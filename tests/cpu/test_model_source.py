@@ -207,6 +207,13 @@ def test_checkpoint_and_run_are_models(run):
         open_model(newest)
 
 
+def test_a_run_that_is_its_own_checkpoint(run):
+    (run / "manifest.json").write_text("{}")
+    (run / "ckpt" / "step-00000099").symlink_to(run)
+    with pytest.raises(NotFoundError, match=r"step-00000099.config\.json"):
+        open_model(run)
+
+
 @pytest.mark.parametrize("damage", ["longer", "gone", "true", "elsewhere"])
 def test_a_checkpoint_that_its_manifest_does_not_fit(damage, run):
     path = run / "ckpt" / "step-00000010"

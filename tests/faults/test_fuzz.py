@@ -2,7 +2,10 @@
 
 import functools
 import json
+import tempfile
+from pathlib import Path
 
+import hostile_folders as folders
 import numpy as np
 import pytest
 import safetensors
@@ -99,6 +102,18 @@ def test_fuzz_safetensors(folder, edits):
         assert {k: bytes(t["data"]) for k, t in safetensors.deserialize(data)} == {k: a.tobytes() for k,
                 a in tensors.items()}
         write_safetensors(folder / "again", tensors, metadata)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+@EXAMPLES
+@given(EDITS)
+def test_fuzz_folder(folder, name, edits):
+    """Whatever its texts say, a Hugging Face folder gives its own tensors or none."""
+    found, _, differs = outcome("hf", name, folder, edits)
+    assert differs or found is not None
+    if found is not None:
+        whole = READ["hf"](folders.folder(shards=3)(Path(tempfile.mkdtemp(dir=folder))))
+        assert {k: a.tobytes() for k, a in found.items()} == {k: a.tobytes() for k, a in whole.items()}
 
 
 @EXAMPLES
