@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, TextIO
 
+from apr.config import Sampling
 from apr.data.tokenizer import Tokenizer
 from apr.formats.model_file import load_model
-from apr.infer.sample import generate
+from apr.infer.cpu_engine import CpuEngine
 from apr.strict import parse_json
 from apr.train.log import NAME
 
@@ -46,7 +47,11 @@ def print_sample(run_dir: Path, out: TextIO) -> None:
     config, params, metadata = load_model(path)
     tokenizer = Tokenizer.from_json(metadata["tokenizer.json"].encode(), str(path))
     ids = tokenizer.encode(PROMPT)
-    tokens = list(generate(params, config, ids, SAMPLE_TOKENS, tokenizer.vocab_size, temperature=0.8, top_k=50, seed=1,
-                           stop_id=tokenizer.eos_id))
+    sampling = Sampling(vocab=min(tokenizer.vocab_size, config.V), temperature=0.8, top_k=50, seed=1)
+    tokens = []
+    for step in CpuEngine(config, params, 1, config.max_position_embeddings).generate([ids], sampling, SAMPLE_TOKENS):
+        if step[0] == tokenizer.eos_id:
+            break
+        tokens.append(int(step[0]))
     print(f"a sample of {path.name}, temperature 0.8:\n", file=out)
     print("    " + tokenizer.decode(ids + tokens).replace("\n", "\n    ") + "\n", file=out)

@@ -1,1 +1,1 @@
-"""Generation: sampling, and the plain decoder over the NumPy reference."""
+"""Generation: the engines, chat templates, and text as it becomes certain."""

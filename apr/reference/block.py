@@ -4,6 +4,7 @@
     8 ffn_norm    9 gate, up   10 swiglu   11 down projection   12 residual
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from apr.taps import Tap
 
 Arrays = dict[str, np.ndarray]
 Tables = tuple[np.ndarray, np.ndarray]
+Attend = Callable[[np.ndarray, np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 
 
 class Weights:
@@ -36,11 +38,11 @@ class Weights:
 
 
 def block_forward(params: Arrays, config: TransformerConfig, layer: int, x: np.ndarray, tables: Tables,
-                  saved: dict[str, Any] | None, tap: Tap | None) -> np.ndarray:
+                  saved: dict[str, Any] | None, tap: Tap | None, attend: Attend = attention_forward) -> np.ndarray:
     """The layer's output (B, T, C) from its input x (B, T, C).
 
     params by name; tables = cos, sin of rope_tables; what backward needs goes into `saved` unless it is None; tap takes
-    this layer's stages.
+    this layer's stages; attend is step 5, another one for keys and values that are kept from earlier calls.
     """
     w, eps, (b, t, _) = Weights(params, layer), config.rms_norm_eps, x.shape
     s: dict[str, Any] = {} if saved is None else saved
@@ -67,7 +69,7 @@ def block_forward(params: Arrays, config: TransformerConfig, layer: int, x: np.n
         heads[p] = rope_forward(heads[p], *tables)
         look(f"{p}_rope", heads[p])
     s.update(heads)
-    mixed, s["prob"] = attention_forward(heads["q"], heads["k"], heads["v"], config.HS ** -0.5)              # 5
+    mixed, s["prob"] = attend(heads["q"], heads["k"], heads["v"], config.HS ** -0.5)                         # 5
     s["attn_heads"] = mixed.reshape(b, t, -1)
     look("attn_heads", s["attn_heads"])
     out = linear_forward(s["attn_heads"], w["o_proj.weight"])                                                 # 6

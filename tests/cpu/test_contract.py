@@ -14,7 +14,7 @@ from apr.strict import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = load_all(contracts_dir())
-OPS = [c for c in CONTRACTS if c.name not in ("block", "model", "ptx_cache", "buffers")]
+OPS = [c for c in CONTRACTS if c.name not in ("block", "model", "kv_cache", "ptx_cache", "buffers")]
 HELPERS = {"sigmoid", "silu", "inverse_frequencies"}  # functions inside an op, which promise nothing of their own
 NOT_ARGUMENTS = {"head_size", "dtype"}  # an axis (HS) and the storage type
 

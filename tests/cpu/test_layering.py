@@ -22,8 +22,8 @@ EDGES = {("strict", "files"), ("strict", "errors"), ("files", "errors"), ("paths
          ("ptx_cache", "ptx_store"), ("device", "driver"), ("device", "ptx_cache"), ("device", "kernel"),
          ("gemm", "driver"), ("gemm", "device"), ("arena", "driver"), ("arena", "device"), ("model", "block"),
          ("__main__", "cli")}
-# The truth is judged against, so few may use it: the NumPy trainer, the NumPy sampler, and the tools that compare.
-REFERENCE_USERS = ("apr.train.trainer", "apr.infer.sample", "apr.reference.", "apr.tools.")
+# The truth is judged against, so few may use it: the NumPy trainer, the NumPy engine, and the tools that compare.
+REFERENCE_USERS = ("apr.train.trainer", "apr.infer.cpu_engine", "apr.reference.", "apr.tools.")
 NEVER_AT_IMPORT = ("cupy", "torch", "transformers")
 CALLS_REFUSED = {"eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
                  "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load",

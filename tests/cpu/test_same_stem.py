@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # The exceptions, by name: stems that have a reference, a contract and a test, but no kernel of their own.
-COMPOSITIONS = {"block", "model"}
+COMPOSITIONS = {"block", "model", "kv_cache"}
 # The residual addition is part of the norm that follows it: its kernel and op are that op's. (It has a GPU test and a
 # benchmark of its own.)
 FUSED = {"residual": "rmsnorm"}
