@@ -1,4 +1,4 @@
-"""The CPU engine: tokens follow the model's scores, batches are their members, limits hold, and memory stays one copy."""
+"""The CPU engine: tokens follow the scores, batches are their members, limits hold, and memory stays one copy."""
 
 import dataclasses
 
@@ -56,7 +56,8 @@ def test_every_token_is_the_full_forward_passes(engine, sampling):
     ours = continued(engine, PROMPTS, sampling, 20)
     for row, prompt in enumerate(PROMPTS):
         assert ours[row] == by_full_forward(engine, prompt, sampling, row, 20)
-        assert continued(engine, [prompt], dataclasses.replace(sampling, first=sampling.first + row), 20)[0] == ours[row]
+        alone = dataclasses.replace(sampling, first=sampling.first + row)
+        assert continued(engine, [prompt], alone, 20) == [ours[row]]
     assert max(max(row) for row in ours) < sampling.vocab
 
 

@@ -1,4 +1,4 @@
-"""The cache of keys and values: prefill and decode give the full forward pass, for every length and in every company."""
+"""The cache of keys and values: prefill and decode give the full forward pass, at every length, in any company."""
 
 import dataclasses
 
