@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apr.cli.config_file import KEYS, read_config_file
-from apr.cli.device import choose_device
+from apr.tools.device import choose_device
 from apr.cli.progress import Display, print_json
 from apr.cli.showcase import print_curve, print_sample
 from apr.config import TransformerConfig, TransformerTrainConfig, decode

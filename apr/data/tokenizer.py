@@ -91,8 +91,7 @@ class Tokenizer:
         vocab, merges = path / "vocab.json", path / "merges.txt"
         if not (vocab.is_file() and merges.is_file()):
             raise NotFoundError(str(path), "tokenizer.json, or vocab.json and merges.txt", "neither", "check the path")
-        with _library(f"{vocab}, {merges.name}", "two files of one tokenizer"):
-            return cls(_gpt2(vocab, merges), str(vocab))
+        return cls.from_gpt2(read_bytes(vocab, MAX_FILE), read_bytes(merges, MAX_FILE), f"{path}/")
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Tokenizer":
@@ -100,9 +99,29 @@ class Tokenizer:
         with _library(where, "a tokenizer.json"):
             return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")), where)
 
+    @classmethod
+    def from_gpt2(cls, vocab: bytes, merges: bytes, where: str) -> "Tokenizer":
+        """From the bytes of GPT-2's vocab.json and merges.txt; `where` stands before their names. Raises FormatError."""
+        with _library(f"{where}vocab.json, merges.txt", "two files of one tokenizer"):
+            return cls(_gpt2(vocab, merges, where), f"{where}vocab.json")
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_templated(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are meant: a prompt, or what a chat template wrote."""
+        self.inner.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self.inner.encode_special_tokens = True
+
+    @property
+    def first_id(self) -> int | None:
+        """The id that the tokenizer's own post-processor puts before a text, None if it puts none."""
+        plain, whole = (self.inner.encode("a", add_special_tokens=add).ids for add in (False, True))
+        return whole[0] if len(whole) > len(plain) and whole[0] != plain[0] else None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode of each text, in parallel."""
@@ -166,20 +185,21 @@ def _growth(part: Any) -> int:
     return walk(json.loads(part.__getstate__())) if part is not None else 1
 
 
-def _gpt2(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    table = parse_json(read_bytes(vocab, MAX_FILE), str(vocab), MAX_FILE)
+def _gpt2(vocab: bytes, merges: bytes, where: str) -> tokenizers.Tokenizer:
+    table, place = parse_json(vocab, f"{where}vocab.json", MAX_FILE), f"{where}merges.txt"
     if not isinstance(table, dict) or not all(type(v) is int and 0 <= v < 2**31 for v in table.values()):
-        raise FormatError(str(vocab), "an object of token to id", type(table).__name__, "give GPT-2's vocab.json")
+        raise FormatError(f"{where}vocab.json", "an object of token to id", type(table).__name__,
+                          "give GPT-2's vocab.json")
     try:
-        lines = read_bytes(merges, MAX_FILE).decode("utf-8").splitlines()
+        lines = merges.decode("utf-8").splitlines()
     except UnicodeDecodeError as e:
-        raise FormatError(str(merges), "UTF-8", f"a bad byte at offset {e.start}", "give GPT-2's merges.txt") from None
+        raise FormatError(place, "UTF-8", f"a bad byte at offset {e.start}", "give GPT-2's merges.txt") from None
     pairs = []
     for number, line in enumerate(lines, 1):
         if line and not line.startswith("#version"):
             left, _, right = line.partition(" ")
             if not left or not right or " " in right:
-                raise FormatError(f"{merges} line {number}", "two symbols", repr(line[:40]), "give GPT-2's merges.txt")
+                raise FormatError(f"{place} line {number}", "two symbols", repr(line[:40]), "give GPT-2's merges.txt")
             pairs.append((left, right))
     inner = tokenizers.Tokenizer(models.BPE(vocab=table, merges=pairs))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -18,7 +18,7 @@ GRAMMAR = re.compile(r"(cpu|cuda(:([0-9]|1[0-5]))?|auto)")
 
 @dataclass(frozen=True)
 class Choice:
-    """A device that can be used, and the precision to train in on it unless the user says otherwise."""
+    """A device that can be used, and the precision to compute in on it unless the user says otherwise."""
 
     kind: str  # cpu or cuda
     ordinal: int  # 0 on the CPU
@@ -48,7 +48,7 @@ def choose_device(asked: str | None, find: Callable[[], DriverInfo] = probe) -> 
     if problems and word != "auto":
         raise UnavailableError("GATE-GPUTRAIN-002 --device", f"a GPU that can be used as '{word}'",
                                f"{'; '.join(problems)} [{cuda_versions(info)}]",
-                               "'apr doctor' says more; --device cpu or auto trains without one")
+                               "'apr doctor' says more; --device cpu or auto works without one")
     if problems:
         print(f"device: cpu (reason: {problems[0]})", file=sys.stderr)
         return cpu
