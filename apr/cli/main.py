@@ -19,6 +19,7 @@ from apr.paths import environment
 
 COMMANDS = {
     "pretrain": "train a model on text or token shards",
+    "run": "generate text with a model",
     "tokenize": "turn text, source trees, JSONL or Parquet into token shards",
     "import": "turn a Hugging Face folder, a GGUF file or a model of the hub into an .apr file",
     "export": "turn a model into a Hugging Face folder, a GGUF file or a safetensors file",
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(os_error(str(e.filename or "input/output"), e))
     except MemoryError as e:
         return _fail(OutOfMemoryError("memory", "enough for this model and batch", one_line(str(e)) or "none left",
-                                      "lower --batch-size or --seq-length"))
+                                      "lower --batch-size, --seq-length or --context"))
     except KeyboardInterrupt:
         return 130
     except Exception as e:

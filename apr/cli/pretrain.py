@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from apr.cli.config_file import KEYS, read_config_file
-from apr.tools.device import choose_device
 from apr.cli.progress import Display, print_json
 from apr.cli.showcase import print_curve, print_sample
 from apr.config import TransformerConfig, TransformerTrainConfig, decode
@@ -16,6 +15,7 @@ from apr.errors import ConfigError
 from apr.formats.apr_file import open_apr
 from apr.formats.model_file import config_from_metadata
 from apr.presets import PRESETS, preset
+from apr.tools.device import choose_device
 from apr.train.corpus import DEMO
 from apr.train.pretrain import LoopConfig
 from apr.train.run import pretrain, read_run, resume

@@ -101,7 +101,7 @@ class Tokenizer:
 
     @classmethod
     def from_gpt2(cls, vocab: bytes, merges: bytes, where: str) -> "Tokenizer":
-        """From the bytes of GPT-2's vocab.json and merges.txt; `where` stands before their names. Raises FormatError."""
+        """From the bytes of GPT-2's vocab.json and merges.txt; `where` goes before their names. Raises FormatError."""
         with _library(f"{where}vocab.json, merges.txt", "two files of one tokenizer"):
             return cls(_gpt2(vocab, merges, where), f"{where}vocab.json")
 

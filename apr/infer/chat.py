@@ -1,7 +1,7 @@
 """Chat templates: messages to the text that a model was trained to continue, in Hugging Face's way.
 
-The template is in chat_template.jinja, or in tokenizer_config.json under `chat_template` (a text, or several with names,
-of which "default" is taken). It is a program of unknown origin and runs in a process of its own, with limits
+The template is in chat_template.jinja, or in tokenizer_config.json under `chat_template`: a text, or several with
+names, of which "default" is taken. It is a program of unknown origin and runs in a process of its own, with limits
 (apr/infer/template_worker.py). It writes the special tokens, the first one included, so none is added after it.
 """
 
@@ -58,7 +58,8 @@ class ChatTemplate:
 def chat_template(assets: Mapping[str, str], where: str) -> ChatTemplate | None:
     """The template in a model's text files, None if there is none. Raises FormatError."""
     config = tokenizer_config(assets, where)
-    text, place = assets.get(FILE), f"{where}: {FILE}"
+    text: Any = assets.get(FILE)
+    place = f"{where}: {FILE}"
     if text is None:
         text, place = config.get("chat_template"), f"{where}: {CONFIG}: chat_template"
     if isinstance(text, list):

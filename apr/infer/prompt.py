@@ -13,7 +13,7 @@ from apr.strict import parse_json
 
 @dataclass(frozen=True)
 class Prompter:
-    """A model's tokenizer; its chat template (None: it has none); `bos` the id before a raw text (None: none), `eos`."""
+    """A model's tokenizer and chat template, `bos`, the id before a raw text (both None where it has none), and `eos`."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -35,7 +35,7 @@ class Prompter:
 
 
 def open_prompter(source: ModelSource) -> Prompter:
-    """What a model's text files say of prompts. Raises FormatError: no tokenizer, a bad one, one larger than the model."""
+    """What a model's text files say of prompts. Raises FormatError: no tokenizer, a bad one, one too large."""
     where, assets = str(source.path), source.assets
     tokenizer = _tokenizer(source)
     if tokenizer.vocab_size > source.config.V:

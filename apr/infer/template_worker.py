@@ -26,7 +26,7 @@ class MessagesRefused(jinja2.TemplateError):
 class Generation(jinja2.ext.Extension):
     """`{% generation %}`, which marks for training what an assistant wrote: here, its contents and nothing else."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]
 
     def parse(self, parser: Any) -> Any:
         """The statements up to `{% endgeneration %}`."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,12 @@ def load(path: str | os.PathLike[str], device: str = "auto", *, precision: str |
         require("context", size, f"from 1 to {longest}", 1 <= size <= longest, "apr.load")
         require("batch_size", batch_size, "at least 1", batch_size >= 1, "apr.load")
         prompter = open_prompter(source) if source.assets.keys() & {"tokenizer.json", "vocab.json"} else None
-        engine = load_engine(source, choice, precision or choice.precision, batch_size, size, print)
+        engine = load_engine(source, choice, precision or choice.precision, batch_size, size, _say)
     return Model(engine, prompter, str(path))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class Model:

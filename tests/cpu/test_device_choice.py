@@ -5,10 +5,10 @@ import time
 import pytest
 from fake_driver import A100, H200, T4, THIRTEEN, TWELVE, FakeDriver, found, install_cupy
 
-from apr.tools.device import Choice, choose_device
 from apr.cli.main import main
 from apr.driver import DriverInfo
 from apr.errors import ConfigError, UnavailableError
+from apr.tools.device import Choice, choose_device
 
 NONE = DriverInfo(False, "no NVIDIA driver: libcuda.so.1 is not here", "", ())
 
