@@ -53,10 +53,13 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        tails = (list(prompt[-n:]) for n in range(CONTEXT, 0, -1))
-        self.ids = next((tail for tail in tails if UNKNOWN not in tokenizer.decode(tail)), [])
+        tails = [list(prompt[-n:]) for n in range(CONTEXT, 0, -1)]
+        texts = [tokenizer.decode(tail) for tail in tails]
+        # The longest tail that begins with a whole character, and ends with one unless the prompt does not.
+        best = min(range(CONTEXT), key=lambda i: (UNKNOWN in texts[i], UNKNOWN in texts[i].rstrip(UNKNOWN), i))
+        self.ids = tails[best]
         self.bounds = [len(self.ids)]  # where whole characters end
-        self.given = len(tokenizer.decode(self.ids))  # characters of the text of `ids` that are out
+        self.given = len(texts[best].rstrip(UNKNOWN))  # characters of the text of `ids` that are out
 
     def push(self, token: int) -> str:
         """The text that this token makes certain."""

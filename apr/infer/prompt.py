@@ -13,7 +13,7 @@ from apr.strict import parse_json
 
 @dataclass(frozen=True)
 class Prompter:
-    """A model's tokenizer and chat template, `bos`, the id before a raw text (both None where it has none), and `eos`."""
+    """A model's tokenizer and chat template; `bos`, the id before a raw text, and `eos`, those that end one."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
