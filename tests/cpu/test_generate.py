@@ -150,10 +150,9 @@ def test_reasons_to_end(byte_level):
 def test_what_was_held_back_is_given_at_the_end_and_may_hold_a_stop(byte_level):
     words = byte_level.encode("Grüße EN")
     assert run(Script([words]), byte_level, [[5]], stop=["END"], max_tokens=len(words))[0].text == "Grüße EN"
-    half = [*byte_level.encode("G"), byte_level.encode("ß")[0]]
-    if byte_level.decode(half).endswith("\ufffd"):
-        ended = run(Script([half]), byte_level, [[5]], stop=["\ufffd"], max_tokens=len(half))[0]
-        assert (ended.text, ended.finish_reason) == ("G", "stop")
+    half = byte_level.encode("G🙂")[:-1]
+    ended = run(Script([half]), byte_level, [[5]], stop=["\ufffd"], max_tokens=len(half))[0]
+    assert (ended.text, ended.finish_reason) == ("G", "stop")
 
 
 def test_sequences_end_each_on_its_own_and_the_engine_then_stops(byte_level):
@@ -186,7 +185,6 @@ def test_a_full_sequence_does_not_end_the_others(byte_level):
 
 def test_the_cpu_engine_gives_the_same_text_after_a_restart_and_alone(byte_level):
     engine = CpuEngine(SMALL, parameters(SMALL), 2, 40)
-    sampling = Sampling(vocab=97, temperature=1.0, seed=5)
     def tokens(prompts, first=0):
         generation = Generation(engine, byte_level, prompts, Sampling(vocab=97, temperature=1.0, seed=5, first=first),
                                 max_tokens=30)
@@ -195,7 +193,6 @@ def test_the_cpu_engine_gives_the_same_text_after_a_restart_and_alone(byte_level
         return [c.tokens for c in generation.completions()]
     both = tokens([[1] * 30, [2, 3]])
     assert len(both[0]) == 10 and len(both[1]) == 30 and tokens([[2, 3]], first=1) == [both[1]]
-    assert sampling.first == 0
 
 
 def test_times_are_those_of_the_clock(byte_level):
