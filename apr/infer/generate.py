@@ -152,6 +152,7 @@ class Generation:
         texts = [[*s.prompt, *s.tokens] if s.completion is None else s.prompt[:1] for s in batch]
         left = self.max_tokens - min(len(s.tokens) for s in batch if s.completion is None)
         steps = self.engine.generate(texts, replace(self.sampling, first=self.sampling.first + first), left)
+        now = None
         for step in steps:
             now = self.clock()
             for row, (sequence, token) in enumerate(zip(batch, step.tolist(), strict=True)):
@@ -161,8 +162,11 @@ class Generation:
                 break
         if isinstance(steps, Generator):
             steps.close()
+        full = [s.completion is None and len(s.prompt) + len(s.tokens) >= self.engine.S for s in batch]
+        if now is None and not any(full):
+            raise ShapeError("engine", "tokens, until a sequence is full", "an end without one", "report this defect")
         for row, sequence in enumerate(batch):
-            if sequence.completion is None and len(sequence.prompt) + len(sequence.tokens) >= self.engine.S:
+            if full[row]:
                 yield self._end(sequence, first + row, "context")
 
     def _advance(self, sequence: _Sequence, index: int, token: int, now: float) -> Piece:

@@ -219,6 +219,14 @@ def test_what_makes_no_sense_is_refused(byte_level, bad):
         Generation(Script([[]]), byte_level, options.pop("prompts"), Sampling(vocab=9), **options)
 
 
+def test_an_engine_that_gives_nothing_is_a_defect_and_no_endless_loop(byte_level):
+    class Silent(Script):
+        def generate(self, prompts, sampling, limit):
+            return iter(())
+    with pytest.raises(ShapeError, match="engine"):
+        list(Generation(Silent([[]]), byte_level, [[1]], Sampling(vocab=9), max_tokens=5))
+
+
 def test_eos_ids_are_ids(byte_level):
     own = byte_level.eos_id
     assert eos_ids(byte_level, {"eos_token_id": [1, 2]}, {"eos_token_id": 3}, {}) == {1, 2, 3, own}
