@@ -103,6 +103,9 @@ def test_bytes_that_are_no_text_come_out_without_end(byte_level, rng):
         longest, out = max(longest, waiting), out + piece
     assert out + stream.end() == byte_level.decode(ids)
     assert longest <= 6 and len(stream.ids) < 200
+    stream = TextStream(byte_level, [])
+    never = byte_level.encode("🙂")[0]  # the first byte of four, again and again
+    assert len("".join(stream.push(never) for _ in range(50))) >= 45
 
 
 def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer):
