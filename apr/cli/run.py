@@ -17,7 +17,7 @@ from apr.infer.generate import Completion, Generation
 from apr.infer.prompt import Prompter, open_prompter
 from apr.params import parameter_count
 from apr.tools.device import Choice, choose_device
-from apr.tools.load import gate_of, load_engine
+from apr.tools.load import load_engine
 
 BATCH = 8  # prompts at a time, unless --batch-size says otherwise
 INTERRUPTED = 130
@@ -103,7 +103,7 @@ def _context(args: argparse.Namespace, config: TransformerConfig, longest: int) 
 def _facts(path: Path, source: ModelSource, prompter: Prompter, engine: Engine) -> dict[str, Any]:
     return {"model": str(path), "format": source.format, "family": source.config.hf_model_type,
             "parameters": parameter_count(source.config), "tokenizer_sha256": prompter.tokenizer.sha256,
-            "device": engine.device, "precision": engine.precision, "gate": gate_of(engine)}
+            "device": engine.device, "precision": engine.precision, "gate": dict(engine.gate)}
 
 
 def _say(line: str) -> None:

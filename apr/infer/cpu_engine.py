@@ -4,7 +4,8 @@ A token costs one pass over the weights, and memory is the limit: on two cores o
 is, while two wait for each other (docs/run.md has the figures). So BLAS is held to one thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -12,7 +13,7 @@ from threadpoolctl import ThreadpoolController
 from apr.config import Sampling, TransformerConfig
 from apr.errors import ShapeError
 from apr.formats.source import ModelSource
-from apr.infer.engine import Engine
+from apr.infer.engine import Engine, check_prompts
 from apr.params import param_specs
 from apr.reference.kv_cache import KVCache, cached_forward
 from apr.reference.sampling import choose
@@ -34,6 +35,7 @@ class CpuEngine(Engine):
     """A model on the CPU, float32; params by name, float32, not copied. Raises ShapeError for a B or S out of range."""
 
     device, precision = "cpu", "fp32"
+    gate: Mapping[str, Any] = {"status": "not run", "reason": "the CPU engine is the reference itself"}
 
     def __init__(self, config: TransformerConfig, params: dict[str, np.ndarray], B: int, S: int) -> None:
         if B < 1 or not 1 <= S <= config.max_position_embeddings:
@@ -44,7 +46,7 @@ class CpuEngine(Engine):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> Iterator[np.ndarray]:
         """Tokens that continue each prompt, as Engine says."""
-        check_prompts(prompts, self.config, self.B, self.S)
+        check_prompts(self, prompts)
         return self._tokens([list(p) for p in prompts], sampling, limit)
 
     def _tokens(self, prompts: list[list[int]], sampling: Sampling, limit: int) -> Iterator[np.ndarray]:
@@ -64,12 +66,9 @@ class CpuEngine(Engine):
     def scores(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], tap: Tap | None = None
                ) -> list[np.ndarray]:
         """Next-token scores (T, V) at every position of each prompt, as Engine says."""
-        check_prompts(prompts, self.config, self.B, self.S)
-        if len(cached) != len(prompts) or any(not 1 <= n <= len(p) for n, p in zip(cached, prompts, strict=False)):
-            raise ShapeError("cached", "for each prompt a number from 1 to its length", f"{list(cached)[:8]}",
-                             "correct it")
+        check_prompts(self, prompts, cached)
         cache = self._cache(len(prompts))
-        parts = [[self._prefill(cache, row, list(p[:n]), tap)]
+        parts = [[self._prefill(cache, row, list(p[:n]), tap)] if n else []
                  for row, (p, n) in enumerate(zip(prompts, cached, strict=True))]
         while rows := [row for row, p in enumerate(prompts) if cache.lengths[row] < len(p)]:
             ids = np.array([[prompts[row][cache.lengths[row]]] for row in rows])
@@ -91,15 +90,3 @@ class CpuEngine(Engine):
                  ) -> np.ndarray:
         with self.blas.limit(limits=1), np.errstate(all="ignore"):  # a score that is no number is refused when chosen
             return cached_forward(self.params, self.config, ids, cache, rows, tap, last)
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], config: TransformerConfig, B: int, S: int) -> None:
-    """Raise ShapeError for no prompt, more than B, an empty one, one longer than S, or an id that the model lacks."""
-    if not 1 <= len(prompts) <= B:
-        raise ShapeError("prompts", f"1 to B = {B}", f"{len(prompts)}", "give fewer at a time")
-    for n, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= S:
-            raise ShapeError(f"prompt {n}", f"1 to S = {S} tokens", f"{len(prompt)}", "shorten it or raise S")
-        if min(prompt) < 0 or max(prompt) >= config.V:
-            raise ShapeError(f"prompt {n}", f"ids from 0 to {config.V - 1}", f"{min(prompt)} to {max(prompt)}",
-                             "use the model's own tokenizer")

@@ -6,7 +6,7 @@ from pinned memory as they appear, and drops what was computed after a sequence 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
@@ -19,7 +19,7 @@ from apr.config import Sampling
 from apr.decode import Decoder
 from apr.device import Device
 from apr.dtypes import BY_NAME
-from apr.errors import AprError, ShapeError
+from apr.errors import AprError, ConfigError
 from apr.formats.source import ModelSource
 from apr.formats.tensors import raw_bytes
 from apr.gemm import Gemm
@@ -49,8 +49,9 @@ class CudaEngine(Engine):
         self.config, self.dev, self.precision = source.config, device, precision
         self.B = next((size for size in BATCHES if size >= B), 0)
         if self.B == 0:
-            raise ShapeError("batch", f"at most {BATCHES[-1]} sequences at a time", str(B), "lower --batch-size")
+            raise ConfigError("--batch-size", f"at most {BATCHES[-1]} sequences at a time on a GPU", str(B), "lower it")
         self.S, self.device, storage = S, f"cuda:{device.ordinal}", STORAGE[precision]
+        self.gate: Mapping[str, Any] = {"status": "not run", "reason": "the engine was not made by apr.load or apr run"}
         needed = inference_variants(self.config, storage, self.B)
         bests = head_blocks(self.config, self.B, storage)
         self.arena = Arena(device, inference_plan(self.config, self.B, S, precision, bests,
@@ -146,7 +147,7 @@ class CudaEngine(Engine):
     def scores(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], tap: Tap | None = None
                ) -> list[np.ndarray]:
         """See Engine.scores."""
-        check_prompts(self, prompts)
+        check_prompts(self, prompts, cached)
         out = []
         for slot, (prompt, n) in enumerate(zip(prompts, cached, strict=True)):
             batch = self._prefill(slot, prompt[:n], tap)

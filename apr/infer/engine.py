@@ -1,7 +1,8 @@
 """Engine: what generates, on a CPU or a GPU: prompts in, one token per sequence and step out; and scores for checks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ class Engine(ABC):
     S: int
     device: str  # cpu or cuda:N
     precision: str  # fp32 or bf16
+    gate: Mapping[str, Any]  # what the start gate found: status (not run, passed, remembered, skipped) and its figures
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> Iterator[np.ndarray]:
@@ -39,13 +41,21 @@ class Engine(ABC):
         """
 
 
-def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
-    """Raise ShapeError for no prompt, more than B, an empty one, one longer than S, or an id that the model lacks."""
+
+def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]], cached: Sequence[int] | None = None) -> None:
+    """Raise ShapeError for no prompt, more than B, an empty one, one longer than S, or an id that the model lacks.
+
+    And for a `cached` that is not as long as prompts, or a number in it beyond the prompt's length.
+    """
     if not 1 <= len(prompts) <= engine.B:
-        raise ShapeError("prompts", f"1 to {engine.B} at a time", str(len(prompts)), "make the engine with a larger B")
+        raise ShapeError("prompts", f"1 to {engine.B} at a time", str(len(prompts)), "give fewer at a time")
     for number, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= engine.S:
             raise ShapeError(f"prompt {number}", f"1 to {engine.S} tokens", str(len(prompt)), "shorten it")
-        if not (min(prompt) >= 0 and max(prompt) < engine.config.V):
+        if min(prompt) < 0 or max(prompt) >= engine.config.V:
             raise ShapeError(f"prompt {number}", f"token ids in [0, {engine.config.V})",
                              f"{min(prompt)} to {max(prompt)}", "use the model's own tokenizer")
+    if cached is not None and [n for n, p in zip(cached, prompts, strict=False) if 0 <= n <= len(p)] != [*cached]:
+        raise ShapeError("cached", "for each prompt a number from 0 to its length", f"{list(cached)[:8]}", "correct it")
+    if cached is not None and len(cached) != len(prompts):
+        raise ShapeError("cached", f"{len(prompts)} numbers", str(len(cached)), "correct it")

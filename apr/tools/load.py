@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 
 from apr.config import Sampling, require
+from apr.device import Device
 from apr.errors import FormatError, UnavailableError
 from apr.formats.open_model import open_model
 from apr.formats.source import ModelSource
 from apr.infer.cpu_engine import CpuEngine, load_params
+from apr.infer.cuda_engine import CudaEngine
 from apr.infer.engine import Engine
 from apr.infer.generate import Completion, Generation
 from apr.infer.prompt import Prompter, open_prompter
 from apr.tools.device import Choice, choose_device
+from apr.tools.gate import start_gate
 
 CONTEXT = 4096  # tokens of `apr.load`, unless the model has fewer or the caller asks for others
 
@@ -26,20 +29,16 @@ def load_engine(source: ModelSource, choice: Choice, precision: str, B: int, S: 
                 ) -> Engine:
     """The engine for a model on the chosen device, its weights loaded.
 
-    `warn` takes lines that a user must see. Raises UnavailableError for what the device cannot do, and as source.read.
+    On a GPU the start gate must pass first (apr/tools/gate.py); engine.gate is its report. `warn` takes lines that a
+    user must see. Raises GateError, UnavailableError for what the device cannot do, and as source.read.
     """
     if choice.kind == "cuda":
-        raise UnavailableError(f"--device {choice.text}", "the GPU engine", "none yet", "use --device cpu")
+        engine = CudaEngine(source, Device(choice.ordinal, warn=warn), precision, B, S)
+        engine.gate = start_gate(engine, source, warn)
+        return engine
     if precision != "fp32":
         raise UnavailableError("--precision", "fp32 on the CPU", precision, "leave it out, or use a GPU")
     return CpuEngine(source.config, load_params(source), B, S)
-
-
-def gate_of(engine: Engine) -> dict[str, Any]:
-    """What the start gate found, for `apr run --json`."""
-    if engine.device == "cpu":
-        return {"status": "not run", "reason": "the CPU engine is the reference itself"}
-    raise UnavailableError("start gate", "the GPU engine", "none yet", "use --device cpu")
 
 
 def load(path: str | os.PathLike[str], device: str = "auto", *, precision: str | None = None, batch_size: int = 1,

@@ -101,7 +101,7 @@ def test_prompts_out_of_range_are_refused(engine, prompts):
             call()
 
 
-@pytest.mark.parametrize("cached", [[], [0], [4], [1, 1]])
+@pytest.mark.parametrize("cached", [[], [-1], [4], [1, 1]])
 def test_a_cached_part_out_of_range_is_refused(engine, cached):
     with pytest.raises(ShapeError, match="cached"):
         engine.scores([[1, 2, 3]], cached)
