@@ -11,7 +11,7 @@
 //           append: qkv (T, QKV) floatX, its heads turned already; k_cache, v_cache (NKV, S, HS) of one sequence
 // WRITES    out =, k_cache = and v_cache = at position pos; partial scratch; ticket must be 0 and is 0 afterwards
 //           append: positions 0 .. T-1 of k_cache = and v_cache =
-// BAKED     HS, NH, NKV, SPLITS, EPS, QK_NORM (0 or 1), FLOATX      RUNTIME  S, T, scale
+// BAKED     HS, NH, NKV, HEADS (<= G), SPLITS, EPS, QK_NORM (0 or 1), FLOATX      RUNTIME  S, T, scale
 // LAUNCH    decode_attention  grid (SPLITS, NKV * PARTS, B) block (256)
 //           kv_cache_append   grid (ceil(2 * T*NKV*HS/W / 256)) block (256)
 // MEMORY    2 T NKV HS s bytes per sequence, PARTS times (from L2 but the first); s = bytes of floatX
@@ -24,7 +24,7 @@
 // CONTRACT  contracts/decode_attention-v1.yaml      REFERENCE  apr/reference/attention.py, rope.py, rmsnorm.py
 #include "common.cuh"
 constexpr int HS = K_HS, NH = K_NH, NKV = K_NKV, SPLITS = K_SPLITS, G = NH / NKV, QKV = (NH + 2 * NKV) * HS;
-constexpr int HEADS = G < 8 ? G : 8, PARTS = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 256, WARPS = BLOCK / 32;
+constexpr int HEADS = K_HEADS, PARTS = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 256, WARPS = BLOCK / 32;
 constexpr int W = vector_width(HS), VECTORS = HS / W;
 __host__ __device__ constexpr int lanes(int n) { return n <= 1 ? 1 : 2 * lanes((n + 1) / 2); }
 constexpr int LANES = lanes(VECTORS);                    // lanes that share a key: a power of two

@@ -9,7 +9,7 @@ from apr.device import Device
 from apr.errors import UnavailableError
 from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
 
-BAKED = ("EPS", "FLOATX", "HS", "NH", "NKV", "QK_NORM", "SPLITS")
+BAKED = ("EPS", "FLOATX", "HEADS", "HS", "NH", "NKV", "QK_NORM", "SPLITS")
 ATTENTION = KernelSpec("decode_attention.cu", "decode_attention", BAKED,
                        ("out:f32*", "partial:f32*", "ticket:i32*", "k_cache:floatX*", "v_cache:floatX*",
                         "qkv:const f32*", "q_weight:const floatX*?", "k_weight:const floatX*?", "cos:const f32*",
@@ -17,7 +17,7 @@ ATTENTION = KernelSpec("decode_attention.cu", "decode_attention", BAKED,
 APPEND = KernelSpec("decode_attention.cu", "kv_cache_append", BAKED,
                     ("k_cache:floatX*", "v_cache:floatX*", "qkv:const floatX*", "S:i32", "T:i32"))
 SPECS = (ATTENTION, APPEND)
-HEADS = 8  # query heads of a key head that a block takes
+HEADS = 8  # query heads of a key head that a block takes, at most
 LARGEST_HEAD = 128
 
 
@@ -26,7 +26,7 @@ def decode_attention_baked(c: TransformerConfig, storage: str) -> Baked:
     if c.HS // vector_width(c.HS, 2 if storage == "bf16" else 4) > 32 or c.HS > LARGEST_HEAD:
         raise UnavailableError("head_dim", f"at most {LARGEST_HEAD}, and 32 vectors of a power of two", str(c.HS),
                                "use --device cpu")
-    return {"EPS": float(c.rms_norm_eps), "FLOATX": storage, "HS": c.HS, "NH": c.NH, "NKV": c.NKV,
+    return {"EPS": float(c.rms_norm_eps), "FLOATX": storage, "HEADS": min(c.G, HEADS), "HS": c.HS, "NH": c.NH, "NKV": c.NKV,
             "QK_NORM": int(c.qk_norm), "SPLITS": splits(c)}
 
 

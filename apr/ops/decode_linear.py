@@ -16,7 +16,7 @@ HEAD = KernelSpec("decode_linear.cu", "decode_head", BAKED,
                   ("out:f32*", "best_score:f32*", "best_id:i32*", "x:const f32*", "matrix:const floatX*",
                    "weight:const floatX*", "vocab:const i64*"))
 SPECS = (QKV, ADD, GATE_UP, HEAD)
-SMS = 132  # blocks that a small product is spread over; fixed, since ROWS is baked
+SPREAD = 264  # blocks that a small product is spread over, two for each SM of an H200; fixed, since ROWS is baked
 LARGEST_BLOCK = 640
 
 
@@ -24,11 +24,11 @@ def decode_linear_baked(B: int, rows: int, width: int, eps: float, storage: str)
     """The baked values of all four kernels for a matrix (rows, width).
 
     A thread takes one vector of 16 bytes of each of ROWS rows where a row is up to LARGEST_BLOCK of them; ROWS is what
-    spreads the matrix over the GPU once, at most 16, fewer for many inputs, whose sums are registers too.
+    spreads the matrix over the GPU once, even and at most 16, fewer for many inputs, whose sums are registers too.
     """
     vectors = width // vector_width(width, 2 if storage == "bf16" else 4)
     threads = min(LARGEST_BLOCK, blocks(vectors, 32) * 32)
-    each = min(max(blocks(rows, SMS), 2), 16 if B <= 2 else 32 // B)
+    each = min(max(blocks(rows, SPREAD), 2), 16 if B <= 2 else 32 // B)
     return {"B": B, "BLOCK": threads, "EPS": float(eps), "FLOATX": storage, "I": width, "O": rows,
             "ROWS": blocks(each, 2) * 2}
 
