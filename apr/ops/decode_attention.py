@@ -17,7 +17,7 @@ ATTENTION = KernelSpec("decode_attention.cu", "decode_attention", BAKED,
 APPEND = KernelSpec("decode_attention.cu", "kv_cache_append", BAKED,
                     ("k_cache:floatX*", "v_cache:floatX*", "qkv:const floatX*", "S:i32", "T:i32"))
 SPECS = (ATTENTION, APPEND)
-HEADS = 8  # query heads of a key head that a block takes, at most
+HEADS = 4  # query heads of a key head that a block takes, at most
 LARGEST_HEAD = 128
 
 
