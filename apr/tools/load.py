@@ -70,7 +70,7 @@ class Model:
 
     def generate(self, prompt: str | Sequence[int] | Sequence[dict[str, Any]], *, max_tokens: int = 128,
                  temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-                 stop: Sequence[str] = ()) -> Completion:
+                 stop: str | Sequence[str] = ()) -> Completion:
         """The completion of a text (taken as it is), of token ids, or of messages ({"role", "content"}, by the chat
         template).
 
@@ -81,7 +81,7 @@ class Model:
         require("max_tokens", max_tokens, "at least 1", max_tokens >= 1, "generate")
         sampling = Sampling(vocab=p.tokenizer.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         generation = Generation(self.engine, p.tokenizer, [self._ids(p, prompt)], sampling, max_tokens=max_tokens,
-                                eos=p.eos, stop=stop)
+                                eos=p.eos, stop=[stop] if isinstance(stop, str) else stop)
         for _ in generation:
             pass
         return generation.completions()[0]

@@ -252,6 +252,9 @@ def test_the_python_api(folder, tokenizer):
     done = model.generate("a small", max_tokens=8)
     assert done.tokens == tuple(expected) == model.generate(ids, max_tokens=8).tokens
     assert str(done) == done.text == tokenizer.decode(expected) and isinstance(model, apr.Model)
+    cut = done.text[2:5]
+    for stop in (cut, [cut, "never there"]):
+        assert model.generate("a small", max_tokens=8, stop=stop).text == done.text[:done.text.index(cut)]
     logits = model.logits(ids)
     assert logits.shape == (len(ids), 2 * tokenizer.vocab_size) and logits.dtype == np.float32
     chat = apr.load(str(folder / "chat.apr"), device="cpu")
