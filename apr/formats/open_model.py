@@ -86,5 +86,5 @@ def _check_sizes(folder: Path) -> None:
             raise IntegrityError(str(folder / MANIFEST), "files that are there", f"'{name[:80]}'",
                                  "use another checkpoint")
         size = (folder / name).stat().st_size
-        if type(expected) is not int or size != expected:
+        if size != expected:
             raise IntegrityError(str(folder / name), f"{expected} bytes", f"{size}", "use another checkpoint")
