@@ -7,7 +7,7 @@ import pytest
 
 from apr.config import TransformerConfig
 from apr.errors import ConfigError
-from apr.hf_config import ENCODERS, from_hf, to_hf
+from apr.hf_config import ENCODERS, config_facts, from_hf, to_hf, with_dtype
 from apr.presets import (
     PRESETS,
     llama2_7b,
@@ -76,6 +76,20 @@ V4 = {
  "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "float16",
  "transformers_version": "4.36.2", "use_cache": true, "vocab_size": 32000}""",  # saved again: it had no rope_theta
                       dataclasses.replace(llama2_7b, rms_norm_eps=1e-5)),
+    "TinyLlama-1.1B-Chat-v1.0": ("""{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1,
+ "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 5632,
+ "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 22,
+ "num_key_value_heads": 4, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 10000.0,
+ "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.35.0", "use_cache": true,
+ "vocab_size": 32000}""", dataclasses.replace(
+        llama2_7b, rms_norm_eps=1e-5, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=2048)),
+    "Mistral-7B-v0.3": ("""{"architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+ "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+ "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+ "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+ "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": true,
+ "vocab_size": 32768}""", dataclasses.replace(mistral_7b, vocab_size=32768, rope_theta=1e6)),
 }
 
 
@@ -108,6 +122,31 @@ def refused(values, *parts: str) -> None:
 def test_published_file_in_both_spellings(name):
     assert from_hf(file(name), name) == V4[name][1]
     assert from_hf(in_v5(file(name)), name) == V4[name][1]
+
+
+@pytest.mark.parametrize("more", [
+    {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "pad_token_id": 2}, {"head_dim": None},
+    {"unsloth_version": "2024.9", "unsloth_fixed": True, "tokenizer_class": "GPT2Tokenizer"},
+    {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None, "layer_types": None}])
+def test_keys_that_tools_leave_in_published_files(more):
+    assert from_hf(file("SmolLM2-135M", **more), "x") == smollm2_135m
+
+
+def test_the_type_of_the_weights_follows_them():
+    assert with_dtype(file("SmolLM2-135M"), "F32") == file("SmolLM2-135M", torch_dtype="float32")
+    assert with_dtype(in_v5(file("Qwen3-0.6B")), "F16") == in_v5(file("Qwen3-0.6B", torch_dtype="float16"))
+    assert with_dtype({"a": 1}, "F16") == {"a": 1}
+
+
+@pytest.mark.parametrize("name", V4)
+def test_facts_say_where_theta_comes_from(name):
+    theta = f"{V4[name][1].rope_theta:.12g}"
+    for values, origin in ((file(name), "config.json"), (in_v5(file(name)), "rope_parameters")):
+        found = config_facts(values, from_hf(values, name))
+        assert f"rope_theta {theta} from {origin}" in found
+        assert any("sliding_window" in fact for fact in found) == (name == "Mistral-7B-v0.1")
+        assert (f"rope scaling llama3, factor 32, from {'rope_scaling' if origin == 'config.json' else origin}" in found
+                ) == (name == "Llama-3.2-1B")
 
 
 @pytest.mark.parametrize("name", PRESETS)
