@@ -6,7 +6,7 @@ others go on, from a new prefill of what they have.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from apr.config import Sampling
@@ -195,16 +195,3 @@ class Generation:
         seconds = times[-1] - times[0] if times else 0.0
         return Completion(sequence.text, tuple(sequence.tokens), len(sequence.prompt), reason, ttft,
                           len(sequence.prompt) / ttft if ttft else 0.0, (len(times) - 1) / seconds if seconds else 0.0)
-
-
-def eos_ids(tokenizer: Tokenizer, *configs: Mapping[str, object]) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's own, and `eos_token_id` (an id or a list) of generation_config and config.
-
-    A value that is no id of the tokenizer is left out: files in use have null there.
-    """
-    found = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    for config in configs:
-        value = config.get("eos_token_id")
-        found |= {v for v in (value if isinstance(value, list) else [value])
-                  if type(v) is int and 0 <= v < tokenizer.vocab_size}
-    return frozenset(found)

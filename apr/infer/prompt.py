@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError
+from apr.formats.facts import eos_ids
 from apr.formats.source import ModelSource
 from apr.infer.chat import ChatTemplate, Message, chat_template, special_tokens, tokenizer_config
-from apr.infer.generate import eos_ids
-from apr.strict import parse_json
 
 
 @dataclass(frozen=True)
@@ -41,21 +40,16 @@ def open_prompter(source: ModelSource) -> Prompter:
     if tokenizer.vocab_size > source.config.V:
         raise FormatError(f"{where}: tokenizer", f"at most {source.config.V} ids, as the model has",
                           f"{tokenizer.vocab_size}", "give the model its own tokenizer")
-    generation = parse_json(assets["generation_config.json"].encode(), f"{where}: generation_config.json") \
-        if "generation_config.json" in assets else {}
-    if not isinstance(generation, dict):
-        raise FormatError(f"{where}: generation_config.json", "an object", type(generation).__name__,
-                          "write the file again")
+    ids, _ = eos_ids(assets, source.hf_config, where)
     names, settings, vocab = special_tokens(assets, where), tokenizer_config(assets, where), tokenizer.inner
-    eos = set(eos_ids(tokenizer, generation, source.hf_config))
     named = vocab.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    eos = {i for i in (*ids, tokenizer.eos_id, named) if i is not None and i < tokenizer.vocab_size}
     bos = tokenizer.first_id
     if settings.get("add_bos_token") is False:
         bos = None
     elif settings.get("add_bos_token") is True and bos is None and "bos_token" in names:
         bos = vocab.token_to_id(names["bos_token"])
-    return Prompter(tokenizer, chat_template(assets, where), bos, frozenset(eos if named is None else eos | {named}),
-                    where)
+    return Prompter(tokenizer, chat_template(assets, where), bos, frozenset(eos), where)
 
 
 def _tokenizer(source: ModelSource) -> Tokenizer:

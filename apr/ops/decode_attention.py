@@ -26,8 +26,8 @@ def decode_attention_baked(c: TransformerConfig, storage: str) -> Baked:
     if c.HS // vector_width(c.HS, 2 if storage == "bf16" else 4) > 32 or c.HS > LARGEST_HEAD:
         raise UnavailableError("head_dim", f"at most {LARGEST_HEAD}, and 32 vectors of a power of two", str(c.HS),
                                "use --device cpu")
-    return {"EPS": float(c.rms_norm_eps), "FLOATX": storage, "HEADS": min(c.G, HEADS), "HS": c.HS, "NH": c.NH, "NKV": c.NKV,
-            "QK_NORM": int(c.qk_norm), "SPLITS": splits(c)}
+    return {"EPS": float(c.rms_norm_eps), "FLOATX": storage, "HEADS": min(c.G, HEADS), "HS": c.HS, "NH": c.NH,
+            "NKV": c.NKV, "QK_NORM": int(c.qk_norm), "SPLITS": splits(c)}
 
 
 def splits(c: TransformerConfig) -> int:

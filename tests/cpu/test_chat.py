@@ -145,7 +145,9 @@ def test_ids_that_end_a_text_come_from_every_file(source, tokenizer_json):
     def eos(value):
         return open_prompter(dataclasses.replace(whole, assets=whole.assets | {
             "generation_config.json": json.dumps({"eos_token_id": value})})).eos
-    assert {5, 6} < eos([5, 6]) and 7 in eos(7) and eos(None) == eos([399, -1, "x"]) == open_prompter(whole).eos
+    assert {5, 6} < eos([5, 6]) and 7 in eos(7) and eos(None) == eos([399]) == open_prompter(whole).eos
+    with pytest.raises(FormatError, match="eos_token_id: expected an id, or a list of ids"):
+        eos([5, -1, "x"])
     assert 9 in open_prompter(dataclasses.replace(whole, hf_config={"eos_token_id": 9})).eos
 
 

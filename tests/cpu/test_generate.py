@@ -14,7 +14,7 @@ from apr.data.tokenizer import Tokenizer
 from apr.errors import ShapeError
 from apr.infer.cpu_engine import CpuEngine
 from apr.infer.engine import Engine
-from apr.infer.generate import Generation, StopFilter, TextStream, eos_ids
+from apr.infer.generate import Generation, StopFilter, TextStream
 
 TEXT = "Grüße, 日本語 🙂🙃! naïve… ﷽ end"
 
@@ -228,9 +228,3 @@ def test_an_engine_that_gives_nothing_is_a_defect_and_no_endless_loop(byte_level
             return iter(())
     with pytest.raises(ShapeError, match="engine"):
         list(Generation(Silent([[]]), byte_level, [[1]], Sampling(vocab=9), max_tokens=5))
-
-
-def test_eos_ids_are_ids(byte_level):
-    own = byte_level.eos_id
-    assert eos_ids(byte_level, {"eos_token_id": [1, 2]}, {"eos_token_id": 3}, {}) == {1, 2, 3, own}
-    assert eos_ids(byte_level, {"eos_token_id": [None, True, 10**9, "4", -1]}, {"eos_token_id": None}) == {own}
