@@ -14,6 +14,9 @@ from apr.errors import OutOfMemoryError, ShapeError
 
 PHASES = {"free": "logits", "logits": "dlogits", "dlogits": "free"}
 ZEROED = ("master", "params", "grads", "optimizer", "inputs", "state", "kv")  # the others are written before read
+REMEDIES = {
+    "training": "lower --batch-size (and raise --grad-accum), or --seq-length; 'apr plan' lists the buffers",
+    "generation": "lower --batch-size, --context or --max-tokens, or take --precision bf16 or --device cpu"}
 VIEWS = 1 << 14  # views remembered at a time
 RESERVE = 512 << 20  # bytes left for CUDA itself, kernels and graphs
 
@@ -31,7 +34,7 @@ class Arena:
             raise OutOfMemoryError(
                 f"{plan.what} at batch {plan.B}, length {plan.T} in {plan.precision}",
                 f"{(plan.bytes + RESERVE) / 2**30:.2f} GiB free on cuda:{dev.ordinal}", f"{free / 2**30:.2f} GiB",
-                "lower --batch-size (and raise --grad-accum), or --seq-length; 'apr plan' lists the buffers")
+                REMEDIES[plan.what])
         self.arrays: dict[str, Any] = {}
         self.views: dict[tuple[str, int | None, tuple[int, ...]], Any] = {}
         for b in plan.buffers:
