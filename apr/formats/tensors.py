@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -140,7 +140,23 @@ def checked_shape(where: str, shape: Any, dtype: DType, nbytes: int) -> tuple[in
     return tuple(shape)
 
 
-def checked_tiling(where: str, entries: Mapping[str, TensorEntry], start: int, end: int, align: int) -> None:
+class Span(Protocol):
+    """What has a name and a place in a file."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+
+
+def checked_tiling(where: str, entries: Mapping[str, Span], start: int, end: int, align: int) -> None:
     """Demand that the tensors, each rounded up to `align`, cover [start, end) without gap, overlap or rest."""
     position = start
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.nbytes)):
