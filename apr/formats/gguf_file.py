@@ -35,9 +35,9 @@ MAX_KEY, MAX_NAME, MAX_DIMENSIONS = 65_535, 63, 4
 ALIGNMENT, MIN_ALIGNMENT, MAX_ALIGNMENT = 32, 8, 2**16
 ROWS_AT_ONCE = 2**22  # elements; the library's arithmetic needs several times their size
 UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
-SCALARS: dict[int, np.dtype] = {0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
-           5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
-           12: np.dtype("<f8")}
+SCALARS = {code: np.dtype(name) for code, name in (
+    (0, "u1"), (1, "i1"), (2, "<u2"), (3, "<i2"), (UINT32, "<u4"), (5, "<i4"), (FLOAT32, "<f4"), (BOOL, "?"),
+    (10, "<u8"), (11, "<i8"), (12, "<f8"))}
 STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
 AGAIN = "write the file again"
