@@ -15,6 +15,8 @@ from apr.cli.pretrain import build_config
 from apr.data.text import documents
 from apr.data.tokenizer import Tokenizer
 from apr.errors import AprError, one_line
+from apr.formats.gguf_file import open_gguf
+from apr.formats.gguf_model import open_gguf_model
 from apr.formats.model_file import load_model
 from apr.formats.open_model import open_model
 from apr.formats.safetensors import open_safetensors
@@ -59,6 +61,18 @@ def read_model(path):
         return {name: source.read(name) for name in source.shapes}
 
 
+def read_gguf(path):
+    """Metadata and tensors of a GGUF file."""
+    with open_gguf(path) as opened:
+        return opened.metadata, {name: opened.read(name) for name in opened.entries}
+
+
+def read_gguf_model(path):
+    """Configuration, tensors and text files of a model in a GGUF file."""
+    with open_gguf_model(path) as source:
+        return source.config, {name: source.read(name) for name in source.shapes}, source.assets
+
+
 def with_environment(path):
     """The variables of a file of NAME=value lines, as the process's own."""
     before = dict(os.environ)
@@ -72,7 +86,7 @@ def with_environment(path):
 
 READ = {
     "apr": inspect, "checkpoint": inspect, "shards": inspect, "log": inspect, "model": load_model,
-        "safetensors": read_safetensors, "hf": read_model,
+    "safetensors": read_safetensors, "hf": read_model, "gguf": read_gguf, "gguf model": read_gguf_model,
     "config": lambda path: from_hf(read_json(path), str(path)), "yaml": run_config,
     "corpus": lambda path: open_corpus(run_config(path), None, lambda _text: None),
     "tokenizer": lambda path: Tokenizer.load(path).require_eos(),
@@ -92,23 +106,28 @@ def all_cases() -> list[Case]:
     """Every case."""
     import hostile_data
     import hostile_folders
+    import hostile_gguf
     import hostile_models
     import hostile_settings
     import hostile_tensors
     import hostile_tokenizers
-    parts = (hostile_tensors, hostile_models, hostile_folders, hostile_settings, hostile_data, hostile_tokenizers)
+    parts = (hostile_tensors, hostile_gguf, hostile_models, hostile_folders, hostile_settings, hostile_data,
+             hostile_tokenizers)
     return [case for part in parts for case in part.cases()]
 
 
 def good() -> dict[str, Callable[[Path], Path]]:
     """For each kind a `write` of a file with nothing wrong: a reader that refuses everything proves nothing."""
+    import gguf_files
     import hostile_data as data
     import hostile_folders as folders
+    import hostile_gguf as gguf
     import hostile_models as models
     import hostile_settings as settings
     import hostile_tensors as tensors
     import hostile_tokenizers as tokenizers
     return {"apr": put("x.apr", tensors.apr_bytes()), "safetensors": put("x.safetensors", tensors.st_bytes(tensors.ST)),
+            "gguf": put("x.gguf", gguf_files.gguf_bytes()), "gguf model": gguf.written_model,
             "model": models.model(), "hf": folders.folder(shards=3),
             "checkpoint": models.checkpoint(), "log": models.run_folder(b'{"event": "end"}\n'),
             "config": put("config.json", settings.HF_TEXT), "yaml": put("run.yaml", settings.yaml_text()),

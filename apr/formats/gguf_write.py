@@ -38,7 +38,8 @@ PROBES = (
 def write_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str, ...]:
     """Write a model with matrices of type `dtype` (F32, F16, BF16, Q8_0; None: as they are read). Returns facts.
 
-    `path` is replaced whole or not at all. Raises FormatError for what GGUF cannot say and for values that the type cannot hold, StorageError.
+    `path` is replaced whole or not at all. Raises FormatError for what GGUF cannot say and for values that the type
+    cannot hold, StorageError.
     """
     if dtype is not None and dtype not in WRITTEN:
         raise FormatError(f"{path}: dtype", "one of " + ", ".join(WRITTEN), repr(dtype),
