@@ -40,6 +40,7 @@ SCALARS = {code: np.dtype(name) for code, name in (
     (10, "<u8"), (11, "<i8"), (12, "<f8"))}
 STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL")
+TYPES = {int(t): t for t in map(GGMLQuantizationType.__getitem__, (*STORED, *BLOCKS))}
 AGAIN = "write the file again"
 
 
@@ -71,13 +72,10 @@ class GgufFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor in memory of its own: F32, F16 and BF16 as stored, blocks as float32.
 
-        Raises StorageError, FormatError for a type that cannot be read, or when the file has become shorter.
+        Raises StorageError, FormatError when the file has become shorter.
         """
         entry = self.entries[name]
         place = f"{self.path}: tensor '{name}'"
-        if entry.type not in (*STORED, *BLOCKS):
-            raise FormatError(place, "a type that apr reads: " + ", ".join((*STORED, *BLOCKS)), entry.type,
-                              "convert it with llama-quantize")
         raw = np.empty(entry.nbytes, np.uint8)
         with os_errors(str(self.path)):
             self.file.seek(entry.start)
@@ -245,10 +243,11 @@ def _entry(cursor: _Cursor, where: str, alignment: int) -> GgufEntry:
     code, offset = cursor.number(4), cursor.number(8)
     if not all(0 < d < 2**63 for d in sizes) or math.prod(sizes) >= 2**60:
         raise FormatError(place, "sizes of 1 or more that fit in memory", f"{list(sizes)}", AGAIN)
-    try:
-        kind = GGMLQuantizationType(code)
-    except ValueError:
-        raise FormatError(place, "a known ggml type", f"{code}", "convert it with llama-quantize") from None
+    kind = TYPES.get(code)
+    if kind is None:
+        known = f" ({GGMLQuantizationType(code).name})" if code in {*GGMLQuantizationType} else ""
+        raise FormatError(place, "a type that apr reads: " + ", ".join((*STORED, *BLOCKS)), f"{code}{known}",
+                          "convert it with llama-quantize")
     block, nbytes = GGML_QUANT_SIZES[kind]
     if sizes[0] % block:
         raise FormatError(place, f"rows of a multiple of {block} for {kind.name}", f"{sizes[0]}", AGAIN)

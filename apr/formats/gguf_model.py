@@ -14,7 +14,7 @@ import numpy as np
 
 from apr.config import FAMILIES, TransformerConfig, decode
 from apr.errors import FormatError
-from apr.formats.gguf_file import BLOCKS, STORED, GgufFile, open_gguf
+from apr.formats.gguf_file import GgufFile, open_gguf
 from apr.formats.gguf_names import (
     ARCHITECTURES,
     ORIGINAL_CONTEXT,
@@ -70,16 +70,13 @@ def _source(path: Path, opened: GgufFile) -> ModelSource:
                           f"{len(tokenizer.tokens)}", "the file contradicts itself")
     assets, ids = _assets(metadata, tokenizer, config.V, where)
     names: dict[str, str] = {}
-    for name, entry in opened.entries.items():
+    for name in opened.entries:
         if name == ROPE_FREQS:
             continue
         known = hf_name(name)
         if known is None:
             raise FormatError(f"{where}: tensor '{name}'", "a tensor of these families", "an unknown name",
                               "give a model that apr computes")
-        if entry.type not in (*STORED, *BLOCKS):
-            raise FormatError(f"{where}: tensor '{name}'", "a type that apr reads: " + ", ".join((*STORED, *BLOCKS)),
-                              entry.type, "convert it with llama-quantize")
         names[known] = name
     kinds = Counter(opened.entries[name].type for name in names.values())
     facts += [f"stored as {kind}: {count} tensors" for kind, count in sorted(kinds.items())]
