@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -62,10 +63,10 @@ def gguf_bytes(keys=KEYS, tensors=TENSORS, data=DATA, magic=b"GGUF", version=3, 
     return head.ljust(-(-len(head) // align) * align, b"\0") + data
 
 
-def model_source(config, arrays, assets=None, folder=None, **ids):
+def model_source(config, arrays, assets=None, **ids):
     """A ModelSource of arrays in memory."""
     names = {np.dtype("f4"): "F32", np.dtype("f2"): "F16"}
-    return ModelSource(folder or __import__("pathlib").Path("memory"), "hf", config, {**to_hf(config), **ids},
+    return ModelSource(Path("memory"), "hf", config, {**to_hf(config), **ids},
                        assets or {}, {k: a.shape for k, a in arrays.items()},
                        {k: names.get(a.dtype, "BF16") for k, a in arrays.items()}, arrays.__getitem__, lambda: None)
 

@@ -1,5 +1,6 @@
 """Malformed GGUF files: the container byte by byte (llama.cpp's own list and more), and models whose metadata lie."""
 
+import dataclasses
 import functools
 import struct
 
@@ -32,7 +33,7 @@ from hostile import CONFIG, FORMAT, Case, put
 from hostile_models import MODEL, UNTIED, arrays
 from hostile_tensors import WRAPS, appended, special_files
 
-from apr.formats.gguf_keys import config_keys
+from apr.formats.gguf_keys import config_keys, text_keys
 from apr.formats.gguf_names import adjacent_rows, gguf_name, permuted_heads
 from apr.formats.gguf_write import encode_header, write_gguf
 
@@ -208,13 +209,11 @@ def model_cases():
 @functools.cache
 def good_tokenizer():
     """The metadata of a good tokenizer, as the writer makes them."""
-    from apr.formats.gguf_keys import text_keys
-    config = MODEL.__class__(**{**{f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__}, "vocab_size": 300})
+    config = dataclasses.replace(MODEL, vocab_size=300)
     return text_keys(model_source(config, arrays(config), {"tokenizer.json": byte_level(size=290)}))[0]
 
 
 def tokenizer_cases():
-    import dataclasses
     config = dataclasses.replace(MODEL, vocab_size=300)
     good, g = good_tokenizer(), "tokenizer.ggml."
     tokens, types, merges = good[g + "tokens"], good[g + "token_type"], good[g + "merges"]
@@ -245,7 +244,6 @@ def tokenizer_cases():
 
 def written_model(folder):
     """A good model file with a tokenizer."""
-    import dataclasses
     config = dataclasses.replace(MODEL, vocab_size=300)
     write_gguf(folder / "model.gguf", model_source(config, arrays(config), {"tokenizer.json": byte_level(size=290)}),
                None)
