@@ -20,9 +20,11 @@ from apr.formats.gguf_names import (
     ORIGINAL_CONTEXT,
     ROPE_FREQS,
     hf_name,
+    one_of,
     permuted_heads,
     scaling_of,
     shortest,
+    shown,
     split_half_rows,
 )
 from apr.formats.gguf_tokenizer import GgufTokenizer, read_tokenizer, special_id
@@ -102,10 +104,10 @@ def gguf_config(opened: GgufFile, where: str) -> tuple[TransformerConfig, list[s
     metadata, facts = opened.metadata, []
     arch = metadata.get("general.architecture")
     family = metadata.get(MODEL_TYPE, arch)
-    if not isinstance(family, str) or family not in FAMILIES or ARCHITECTURES[family] != arch:
+    if not isinstance(family, str) or family not in FAMILIES or not one_of(arch, ARCHITECTURES[family]):
         raise FormatError(f"{where}: general.architecture", "one of " + ", ".join(sorted(set(ARCHITECTURES.values()))),
-                          f"{arch!r}"[:60], "give a model that apr computes")
-    if metadata.get("split.count", 1) not in (0, 1) or metadata.get("general.type", "model") != "model":
+                          shown(arch), "give a model that apr computes")
+    if not one_of(metadata.get("split.count", 1), 0, 1) or not one_of(metadata.get("general.type", "model"), "model"):
         raise FormatError(where, "one whole model", "a part of one, or another kind of file",
                           "join it with llama-gguf-split --merge")
     own = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
@@ -113,7 +115,7 @@ def gguf_config(opened: GgufFile, where: str) -> tuple[TransformerConfig, list[s
 
     def take(key: str, kind: type) -> Any:
         if type(own.get(key)) is not kind:
-            raise FormatError(f"{where}: {arch}.{key}", f"a value of type {kind.__name__}", repr(own.get(key))[:60],
+            raise FormatError(f"{where}: {arch}.{key}", f"a value of type {kind.__name__}", shown(own.get(key)),
                               "it changes what the model computes; convert the model again")
         return shortest(own[key]) if kind is float else own[key]
 
@@ -124,15 +126,15 @@ def gguf_config(opened: GgufFile, where: str) -> tuple[TransformerConfig, list[s
     heads, width = values["num_attention_heads"], values["hidden_size"]
     head_dim = take(KEY, int) if KEY in own else width // heads if heads and width % heads == 0 else 0
     for key in (VALUE, ROTATED):
-        if own.get(key, head_dim) != head_dim:
-            raise FormatError(f"{where}: {arch}.{key}", f"{head_dim}, the size of a head", repr(own[key])[:60],
+        if not one_of(own.get(key, head_dim), head_dim):
+            raise FormatError(f"{where}: {arch}.{key}", f"{head_dim}, the size of a head", shown(own[key]),
                               "this feature is not implemented")
     if WINDOW in own and take(WINDOW, int):  # within it the model is fully causal; longer inputs are refused
         values["max_position_embeddings"] = min(values["max_position_embeddings"], own[WINDOW])
     embed = opened.entries.get("token_embd.weight")
-    if embed is None or own.get(VOCABULARY, embed.shape[0]) != embed.shape[0]:
+    if embed is None or not one_of(own.get(VOCABULARY, embed.shape[0]), embed.shape[0]):
         raise FormatError(f"{where}: {arch}.{VOCABULARY}", "the rows of token_embd.weight",
-                          "no such tensor" if embed is None else f"{embed.shape[0]} against {own[VOCABULARY]!r}"[:60],
+                          "no such tensor" if embed is None else f"{embed.shape[0]} against {shown(own[VOCABULARY])}",
                           "the file contradicts itself")
     facts.append(f"vocab_size {embed.shape[0]} from the rows of token_embd.weight")
     values.update(
@@ -150,8 +152,8 @@ def _check_own(own: Mapping[str, Any], where: str) -> None:
         if key not in KNOWN:
             raise FormatError(f"{where}.{key[:80]}", "a key that apr understands", "an unknown key",
                               "this feature is not implemented")
-        if key in ONLY and (type(value), value) not in [(type(v), v) for v in ONLY[key]]:
-            raise FormatError(f"{where}.{key}", f"{ONLY[key][0]!r}", repr(value)[:60],
+        if key in ONLY and not one_of(value, *ONLY[key]):
+            raise FormatError(f"{where}.{key}", f"{ONLY[key][0]!r}", shown(value),
                               "this feature is not implemented")
 
 
@@ -167,7 +169,7 @@ def _scaled(config: TransformerConfig, opened: GgufFile, original: Any, where: s
 
     entry = opened.entries[ROPE_FREQS]
     if entry.type != "F32" or entry.shape != (config.HS // 2,) or type(original) is not int or not 0 < original < 2**31:
-        refuse(f"{entry.type} {list(entry.shape)}, original context {original!r}"[:80])
+        refuse(f"{entry.type} {list(entry.shape)}, original context {shown(original)}")
     factors = opened.read(ROPE_FREQS)
     if not np.isfinite(factors).all():
         refuse("numbers that are not finite")

@@ -4,6 +4,7 @@ SOURCE  llama.cpp: gguf-py/gguf/tensor_mapping.py (names), convert_hf_to_gguf.py
 """
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -84,3 +85,13 @@ def shortest(value: float) -> float:
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return float(str(single)) if float(single) == value else value
+
+
+def one_of(value: Any, *known: Any) -> bool:
+    """Whether a value of a file's metadata is one of these, type included: it may be an array, true, or a text."""
+    return any(type(value) is type(k) and value == k for k in known)
+
+
+def shown(value: Any) -> str:
+    """A value of a file's metadata for a message; a list may hold a million texts."""
+    return f"{len(value)} values" if isinstance(value, list | np.ndarray) else repr(value)[:60]

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from apr.errors import FormatError
+from apr.formats.gguf_names import one_of, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_PIECES = 2**23  # characters of all tokens; each is a place where one may be cut in two
@@ -85,10 +86,10 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> GgufTokenizer:
                           "convert the model again with llama.cpp of today")
 
     kind = metadata.get("tokenizer.ggml.model")
-    if kind in ("no_vocab", "none"):
+    if one_of(kind, "no_vocab", "none"):
         return GgufTokenizer(None, (), False, "no tokenizer in the file")
-    if kind not in ("gpt2", "llama"):
-        refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE)", repr(kind)[:60])
+    if not one_of(kind, "gpt2", "llama"):
+        refuse("model", "'gpt2' (byte-level BPE) or 'llama' (SentencePiece's BPE)", shown(kind))
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens or "" in tokens or len(set(tokens)) != len(tokens):
         refuse("tokens", "texts that are all different, none empty", "others")
@@ -101,12 +102,12 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> GgufTokenizer:
         refuse("token_type", f"types {allowed}", f"{types[~np.isin(types, allowed)][0]}")
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if kind == "gpt2" and (not isinstance(pre, str) or pre not in SPLITTINGS):
-        refuse("pre", "one of " + ", ".join(SPLITTINGS), repr(pre)[:60])
+        refuse("pre", "one of " + ", ".join(SPLITTINGS), shown(pre))
     by_default = SPLITTINGS[pre].add_bos if kind == "gpt2" else True
     add_bos = metadata.get("tokenizer.ggml.add_bos_token", by_default)
     bos = special_id(metadata, "bos", len(tokens), where)
     if type(add_bos) is not bool or (add_bos and bos is None):
-        refuse("add_bos_token", "true or false, and an id of bos if it is true", repr(add_bos)[:60])
+        refuse("add_bos_token", "true or false, and an id of bos if it is true", shown(add_bos))
     usable = {token: i for i, (token, t) in enumerate(zip(tokens, types.tolist(), strict=True)) if t != UNUSED}
     model = (_byte_level(metadata, usable, SPLITTINGS[pre], refuse) if kind == "gpt2"
              else _sentencepiece(metadata, usable, tokens, types, refuse))
@@ -125,7 +126,7 @@ def special_id(metadata: Mapping[str, Any], name: str, count: int, where: str) -
     key = f"tokenizer.ggml.{name}_token_id"
     value = metadata.get(key)
     if value is not None and not (type(value) is int and 0 <= value < count):
-        raise FormatError(f"{where}: {key}", f"an id below {count}", repr(value)[:60], "write the file again")
+        raise FormatError(f"{where}: {key}", f"an id below {count}", shown(value), "write the file again")
     return value
 
 
@@ -151,7 +152,7 @@ def _byte_level(metadata: Mapping[str, Any], usable: dict[str, int], splitting: 
     for line in lines:
         left, _, right = line.partition(" ")
         if left not in usable or right not in usable or left + right not in usable:
-            refuse("merges", "pairs of tokens that make a token", repr(line)[:60])
+            refuse("merges", "pairs of tokens that make a token", shown(line))
         merges.append([left, right])
     if len({*map(tuple, merges)}) != len(merges):
         refuse("merges", "each pair once", "one twice")
@@ -170,7 +171,7 @@ def _sentencepiece(metadata: Mapping[str, Any], usable: dict[str, int], tokens: 
         refuse("scores", f"{len(tokens)} numbers", "others")
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     if type(prefix) is not bool:
-        refuse("add_space_prefix", "true or false", repr(prefix)[:60])
+        refuse("add_space_prefix", "true or false", shown(prefix))
     normal = {t: i for t, i in usable.items() if types[i] == NORMAL}
     if sum(map(len, normal)) > MAX_PIECES or max(map(len, normal), default=0) > 256:
         refuse("tokens", f"at most {MAX_PIECES} characters, 256 each", "more")

@@ -34,7 +34,8 @@ def changed(text, change):
 
 def random_texts(rng):
     """Texts of letters, digits, spaces, marks and signs of many scripts, in random order."""
-    signs = [*"abcXYZ019 \n\t\r.,'\"!?-_/()=<>^~|$+é日本Жßǅ🙂\u00a0٣Ⅷ\u200dʰ", "  ", "'s", "'LL", "e\u0301", "<|im_end|>"]
+    signs = [*"abcXYZ019 \n\t\r.,'\"!?-_/()=<>^~|$+é日本Жßǅ🙂\u00a0٣Ⅷ\u200dʰ", "  ", "'s", "'LL", "e\u0301",
+             "<|im_end|>"]
     return ["".join(rng.choice(signs, 40)) for _ in range(60)]
 
 

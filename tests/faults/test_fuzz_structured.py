@@ -1,4 +1,4 @@
-"""A few thousand cases of the structured fuzzer for each format, and readers broken on purpose, which it must notice."""
+"""A few thousand cases of the structured fuzzer for each format, and broken readers, which it must notice."""
 
 import re
 import subprocess
@@ -24,10 +24,10 @@ def test_structured_fuzz(form, capsys):
     counts = dict(re.findall(r"([a-z-]+) (\d+)", found.stdout))
     assert int(counts["tried"]) == int(counts["refused"]) + int(counts["accepted"]) == CASES
     assert int(counts["accepted"]) > CASES / 20, "a fuzzer whose files are all refused at once looks at nothing"
-    assert int(counts["refused"]) > CASES / 2
+    assert int(counts["refused"]) > CASES / 3
 
 
-@pytest.mark.parametrize("form", fuzz.READ)
+@pytest.mark.parametrize("form", READER)
 def test_the_fuzzer_sees_a_reader_that_does_not_look_at_places(form, monkeypatch, capsys):
     monkeypatch.setattr(f"apr.formats.{READER[form]}.checked_tiling", lambda *_, **__: None)
     assert fuzz.run(form, 3000, 7)[0]["accepted-though-invalid"] > 0
