@@ -186,7 +186,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> GgufFile:
             if kind != UINT32 or alignment & (alignment - 1) or not MIN_ALIGNMENT <= alignment <= MAX_ALIGNMENT:
                 raise FormatError(f"{where}: general.alignment",
                                   f"a UINT32 power of two from {MIN_ALIGNMENT} to {MAX_ALIGNMENT}",
-                                  f"{alignment!r} of type {kind}", AGAIN)
+                                  f"{alignment}" if kind == UINT32 else f"type {kind}", AGAIN)
     cursor.room("tensors", count, 33, MAX_TENSORS)
     found_entries = [_entry(cursor, where, alignment) for _ in range(count)]
     start = -(-cursor.position // alignment) * alignment
