@@ -108,20 +108,17 @@ def dequantised(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 class _Cursor:
-    """The header of a file, read forwards; nothing is read that the file is too short for."""
+    """The header of a file, read forwards. `take` is only given numbers that `room` has checked, or small ones."""
 
     def __init__(self, file: BinaryIO, size: int, where: str) -> None:
         self.file, self.size, self.where, self.position, self.strings = file, size, where, 0, 0
 
     def take(self, n: int) -> bytes:
-        if n > self.size - self.position:
-            raise FormatError(f"{self.where}: offset {self.position}", f"{n} more bytes",
-                              f"{self.size - self.position}", "the file is cut short or damaged")
-        self.position += n
         part = self.file.read(n)
         if len(part) != n:
             raise FormatError(f"{self.where}: offset {self.position}", f"{n} more bytes", f"{len(part)}",
-                              "the file was cut; get it again")
+                              "the file is cut short or damaged")
+        self.position += n
         return part
 
     def number(self, nbytes: int) -> int:

@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from apr.errors import FormatError, GateError
 from apr.files import replacing
 from apr.formats.gguf_file import ALIGNMENT, ARRAY, BOOL, FLOAT32, MAGIC, MAX_NAME, STORED, STRING, UINT32, dequantised
-from apr.formats.gguf_keys import QUANTIZATION_VERSION, chat_template, config_keys, end_ids, load, text_keys
+from apr.formats.gguf_keys import QUANTIZATION_VERSION, chat_template, config_keys, load, text_keys
 from apr.formats.gguf_model import open_gguf_model
 from apr.formats.gguf_names import ROPE_FREQS, adjacent_rows, gguf_name, permuted_heads, rope_factors, shortest
 from apr.formats.source import FLOATS, ModelSource
@@ -29,6 +29,7 @@ BLOCK, GREATEST = 32, 127 * 65504.0  # of Q8_0: values per scale, and the greate
 FILE_TYPES = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
               "Q8_0": LlamaFileType.MOSTLY_Q8_0}
 ARRAY_TYPES = {np.dtype(np.int32): 5, np.dtype(np.float32): FLOAT32}
+SPECIAL = ("_token_id", "add_bos_token")
 PROBES = (
     "Hello, world! It's 1234567 o'clock; we'll see, I'VE said.", "  two  spaces\n\n\tand\r\nlines   ", "",
     "def f(x):\n    return x**2 + 3.14e-10  # ok?", "日本語 и русский, עברית, ελληνικά", "naïve cafe\u0301 🙂🇨🇭 \x7f",
@@ -48,7 +49,7 @@ def write_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
     kinds = {name: stored_type(source.shapes[name], source.dtypes[name], dtype) for name in names}
     texts, facts = text_keys(source)
     counts = Counter(kinds[name] for name in names if len(source.shapes[name]) > 1)
-    keys = {**config_keys(config, str(source.path)), "general.name": source.path.stem or "model",
+    keys = {**config_keys(config, str(source.path)), "general.name": source.path.name.removesuffix(".apr") or "model",
             "general.type": "model", "general.alignment": ALIGNMENT,
             "general.file_type": int(FILE_TYPES[counts.most_common(1)[0][0]]),
             "general.quantization_version": QUANTIZATION_VERSION, **texts}
@@ -103,9 +104,10 @@ def check_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
                 old.encode_special_tokens = new.encode_special_tokens = as_text
                 for text in PROBES:
                     demand(f"token ids of {text[:20]!r}", old.encode(text).ids, new.encode(text).ids)
-            demand("end-of-text ids", sorted(end_ids(source)), sorted(end_ids(back)))
+            demand("special ids", *({key: value for key, value in text_keys(s)[0].items() if key.endswith(SPECIAL)}
+                                    for s in (source, back)))
             demand("chat template", chat_template(source), chat_template(back))
-            done.append(f"token ids equal on {len(PROBES)} probe texts; end ids and chat template equal")
+            done.append(f"token ids equal on {len(PROBES)} probe texts; special ids and chat template equal")
     return tuple(done)
 
 

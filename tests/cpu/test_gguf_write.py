@@ -179,17 +179,18 @@ def tampered(monkeypatch, what):
         change = {"merges": ("tokenizer.ggml.merges", lambda m: m[:-9]), "split": ("tokenizer.ggml.pre",
                                                                                    lambda _: "smollm"),
                   "template": ("tokenizer.chat_template", lambda t: t + " "),
+                  "second end": ("tokenizer.ggml.eot_token_id", lambda _: 9),
                   "end": ("tokenizer.ggml.eos_token_id", lambda _: 7)}[what]
 
         def changed(given):
             out, facts = texts(given)
-            return {**out, change[0]: change[1](out[change[0]])}, facts
+            return {**out, change[0]: change[1](out.get(change[0]))}, facts
         monkeypatch.setattr(gguf_write, "text_keys", changed)
 
 
 @pytest.mark.parametrize(("what", "says"), [
     ("eps", "configuration"), ("rows", "q_proj"), ("last bit", "layers.1.mlp.up_proj"), ("merges", "token ids"),
-    ("split", "token ids"), ("template", "chat template"), ("end", "end-of-text ids")])
+    ("split", "token ids"), ("template", "chat template"), ("end", "special ids"), ("second end", "special ids")])
 def test_the_check_sees_every_mistake(what, says, tmp_path, rng, monkeypatch):
     given = source(rng, LLAMA)
     write_gguf(tmp_path / "m.gguf", given, None)
