@@ -74,6 +74,7 @@ def file_cases():
         yield case("B3", f"{counts} tensors and keys", gguf_bytes(counts=counts))
     for what, second in (("overlap", 0), ("hole", 64), ("past the end", 2**20), ("unaligned", 40)):
         yield case("B4", what, gguf_bytes(tensors=(TENSORS[0], tensor("q", (32, 2), 8, second))))
+    yield case("B7", "the same entry twice", gguf_bytes(tensors=(*TENSORS, TENSORS[0])), "'w'")
     yield case("B4", "an offset that wraps", w(3, 2, offset=2**64 - 32))
     yield case("B4", "data without tensors", gguf_bytes(tensors=()))
     for what, dims in (("wraps to 16 bytes", WRAPS), ("wraps to 0", (2**32, 2**32)), ("two of 2^62", (2**62, 2**62)),
@@ -168,6 +169,7 @@ def model_cases():
                         (f"{arch}.attention.head_count", 0), (f"{arch}.attention.head_count_kv", 3),
                         (f"{arch}.context_length", 0)):
         yield case("H3", f"{name} {value}", model(**{name: value}), CONFIG)
+    yield case("B15", "10,000 layers", model(**{heads: 10_000}), says="block_count")
     for name, value in (("general.architecture", "bert"), ("general.architecture", "mistral"),
                         ("apr.model_type", "llama"), ("apr.model_type", 5), ("general.type", "adapter"),
                         ("split.count", 2), (f"{arch}.unheard_of", 1), (f"{arch}.rope.scaling.type", "yarn"),

@@ -144,6 +144,9 @@ def gguf_config(opened: GgufFile, where: str) -> tuple[TransformerConfig, list[s
         tie_word_embeddings="output.weight" not in opened.entries, architecture="decoder",
         hf_architecture=FAMILIES[family], hf_model_type=family)
     plain = decode(TransformerConfig, values, where)  # which checks the sizes before they are used in arithmetic
+    if len(opened.entries) < plain.L:  # before anything is made for each layer that a small file claims
+        raise FormatError(f"{where}: {arch}.block_count", f"at most {len(opened.entries)}, the number of tensors",
+                          f"{plain.L}", "the file contradicts itself")
     return _scaled(plain, opened, own.get(ORIGINAL, ORIGINAL_CONTEXT), where, facts), facts
 
 

@@ -45,12 +45,14 @@ def test_rebuilt_tokenizer_gives_the_same_ids(name, rng):
     metadata = {**keys(original, rng), G + "pre": name}
     rebuilt = read_tokenizer(metadata, "x")
     old, new = Tokenizer.from_str(original), Tokenizer.from_str(rebuilt.json)
+    assert new.get_vocab(with_added_tokens=True) == old.get_vocab(with_added_tokens=True)  # no [PAD419]
     for as_text in (False, True):
         old.encode_special_tokens = new.encode_special_tokens = as_text
         for text in [*PROBES, *random_texts(rng)]:
             ids = old.encode(text, add_special_tokens=False).ids
             assert new.encode(text, add_special_tokens=False).ids == ids, text
             assert new.decode(ids) == old.decode(ids)
+    assert json.loads(rebuilt.json)["model"]["ignore_merges"] == (name in ("llama-bpe", "llama3", "llama-v3", "tekken"))
     assert AprTokenizer.from_json(rebuilt.json.encode(), "x").eos_id == old.token_to_id("<|endoftext|>")
 
 
