@@ -81,6 +81,7 @@ def file_cases():
                        ("2^60 - 1", (2**60 - 1,)), ("0", (0,)), ("0 and 2", (2, 0)), ("too many", (3, 3)),
                        ("too few", (1,))):
         yield case("B5", f"sizes {what}", w(*dims))
+    yield case("B5", "an empty tensor", gguf_bytes(tensors=(tensor("z", (0,), 0, 0), *TENSORS)), "'z'")
     for ndim in (0, 5, 255):
         yield case("B5", f"{ndim} sizes", w(3, 2, ndim=ndim))
     for kind in (4, 5, 31, 36, 42, 200, 2**31, 2**32 - 1):
@@ -174,6 +175,8 @@ def model_cases():
                         ("apr.model_type", "llama"), ("apr.model_type", 5), ("general.type", "adapter"),
                         ("split.count", 2), (f"{arch}.unheard_of", 1), (f"{arch}.rope.scaling.type", "yarn"),
                         (f"{arch}.rope.scaling.type", "linear"), (f"{arch}.rope.scaling.factor", 4.0),
+                        (f"{arch}.expert_count", False), ("general.architecture", np.zeros(3, np.int32)),
+                        ("general.type", ["model"]), (f"{arch}.rope.dimension_count", np.full(2, 4, np.int32)),
                         (f"{arch}.expert_count", 8), (f"{arch}.attention.causal", False),
                         (f"{arch}.attention.value_length", 2), (f"{arch}.rope.dimension_count", 2),
                         (f"{arch}.vocab_size", 17), (f"{arch}.block_count", 2), (f"{arch}.attention.key_length", 8)):

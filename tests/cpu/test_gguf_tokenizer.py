@@ -86,15 +86,25 @@ def test_bos_is_put_first_only_where_the_file_says_so(rng):
     assert read_tokenizer(llama3, "x").add_bos  # as llama.cpp does by itself
 
 
-def test_bos_of_the_original_is_kept(rng):
-    def start(data):
+def starting_with(*ids):
+    """A change that puts these tokens before every text."""
+    def change(data):
+        named = {t["id"]: t["content"] for t in data["added_tokens"]}
+        first = [{"SpecialToken": {"id": named[i], "type_id": 0}} for i in ids]
         data["post_processor"] = {
             "type": "TemplateProcessing", "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
-            "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [1], "tokens": ["<|im_end|>"]}}}
+            "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {named[i]: {"id": named[i], "ids": [i], "tokens": [named[i]]} for i in ids}}
+    return change
 
-    metadata = keys(changed(byte_level(), start), rng)
+
+def test_bos_of_the_original_is_kept(rng):
+    metadata = keys(changed(byte_level(), starting_with(1)), rng)
     assert (metadata[G + "add_bos_token"], metadata[G + "bos_token_id"]) == (True, 1)
+    with pytest.raises(FormatError, match="bos token alone"):
+        keys(changed(byte_level(), starting_with(1, 0)), rng)
+    with pytest.raises(FormatError, match="bos token alone"):
+        keys(changed(byte_level(), starting_with(1)), rng, **{"generation_config.json": '{"bos_token_id": 0}'})
 
 
 def test_added_tokens_are_control_or_user_defined(rng):
