@@ -18,7 +18,7 @@ from apr.errors import FormatError
 from apr.formats.gguf_names import one_of, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-MAX_PIECES = 2**23  # characters of all tokens; each is a place where one may be cut in two
+MAX_PIECES = 2**21  # characters of all tokens; each is a place where one may be cut in two
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SUFFIXES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
