@@ -7,9 +7,7 @@ from typing import Any
 
 from apr.cli.progress import counting
 from apr.errors import ConfigError, one_line
-from apr.files import new_path
-from apr.formats.export import export_hf, export_safetensors
-from apr.formats.gguf_model import write_gguf
+from apr.formats.export import export_gguf, export_hf, export_safetensors
 from apr.formats.open_model import open_model
 from apr.formats.source import ModelSource
 from apr.params import parameter_count
@@ -32,24 +30,21 @@ def run(args: argparse.Namespace) -> int:
     """Export; prints what was understood, and what was written."""
     if args.dtype == "q8_0" and args.format != "gguf":
         raise ConfigError("--dtype q8_0", "--format gguf", f"--format {args.format}", "take bf16, or --format gguf")
-    dtype = DTYPES[args.dtype]
+    dtype, facts = DTYPES[args.dtype], list[str]()
     with open_model(args.model) as source, counting("exporting", 2 * len(source.shapes)) as done:
         if args.format == "hf":
             files = export_hf(source, args.output, dtype, done=done)
         elif args.format == "safetensors":
             files = export_safetensors(source, args.output, dtype, done)
         else:
-            with new_path(args.output) as temporary:
-                write_gguf(temporary, source, dtype)
-            files = [args.output.name]
-        report(source, args.output, args.format, dtype, files, [], args.json)
+            files, facts = export_gguf(source, args.output, dtype, done)
+        report(source, args.output, args.format, dtype, files, [*source.facts, *facts], args.json)
     return 0
 
 
 def report(source: ModelSource, output: Path, kind: str, dtype: str | None, files: list[str], facts: list[str],
            as_json: bool) -> None:
     """Print what was read and written: lines for people, or one line of JSON."""
-    facts = [*facts, *source.facts]
     result: dict[str, Any] = {"source": str(source.path), "source_format": source.format, "output": str(output),
                               "format": kind, "dtype": dtype, "tensors": len(source.shapes),
                               "parameters": parameter_count(source.config), "files": files, "facts": facts}

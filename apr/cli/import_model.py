@@ -35,5 +35,5 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--revision", "a model of the hub", f"the path {args.source}", "leave it out")
     with open_model(path) as source, counting("importing", 2 * len(source.shapes)) as done:
         files = export_apr(source, args.output, DTYPES[args.dtype], name, done)
-        report(source, args.output, "apr", DTYPES[args.dtype], files, facts, args.json)
+        report(source, args.output, "apr", DTYPES[args.dtype], files, [*facts, *source.facts], args.json)
     return 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from apr.errors import IntegrityError
 from apr.files import new_path, os_errors, write_durable
+from apr.formats.gguf_write import check_gguf, write_gguf
 from apr.formats.hf_folder import CONFIG, INDEX, SINGLE, open_hf
 from apr.formats.model_file import fitting, open_apr_model, write_apr_model
 from apr.formats.safetensors import open_safetensors, write_safetensors
@@ -89,6 +90,14 @@ def export_apr(source: ModelSource, path: Path, dtype: str | None = None, name: 
         with open_apr_model(temporary) as written:
             check_written(source, written, dtype, fitting(source.assets), done)
     return [path.name]
+
+
+def export_gguf(source: ModelSource, path: Path, dtype: str | None = None, done: Done = _nothing
+                ) -> tuple[list[str], list[str]]:
+    """Write a GGUF file; dtype may be Q8_0 too. Arguments and errors as export_hf; returns the file, and facts."""
+    with new_path(path) as temporary:
+        written = write_gguf(temporary, source, dtype, done)
+        return [path.name], [*written, *check_gguf(temporary, source, dtype, done)]
 
 
 def check_written(source: ModelSource, written: ModelSource, dtype: str | None, assets: Mapping[str, str],

@@ -6,7 +6,7 @@ Vectors are float32, as llama.cpp wants them; matrices are F32, F16, BF16 or Q8_
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,12 @@ PROBES = (
     "<|endoftext|><|im_start|>user\nhi<|im_end|> <s> </s> [PAD3]", "a" * 40 + " " * 9 + "=" * 17, "\u2581x \u00a0y")
 
 
-def write_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str, ...]:
+def write_gguf(path: Path, source: ModelSource, dtype: str | None,
+               done: Callable[[str], None] = lambda tensor: None) -> tuple[str, ...]:
     """Write a model with matrices of type `dtype` (F32, F16, BF16, Q8_0; None: as they are read). Returns facts.
 
-    `path` is replaced whole or not at all. Raises FormatError for what GGUF cannot say and for values that the type
-    cannot hold, StorageError.
+    `done` is told the name of each tensor. `path` is replaced whole or not at all. Raises FormatError for what GGUF
+    cannot say and for values that the type cannot hold, StorageError.
     """
     if dtype is not None and dtype not in WRITTEN:
         raise FormatError(f"{path}: dtype", "one of " + ", ".join(WRITTEN), repr(dtype),
@@ -69,6 +70,7 @@ def write_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
             data = raw_bytes(converted(array, kinds[name], f"{source.path}: tensor '{name}'"))
             f.write(data)
             f.write(bytes(-data.nbytes % ALIGNMENT))
+            done(name)
     facts += [f"{count} matrices written as {kind}" for kind, count in sorted(counts.items())]
     if dtype == "Q8_0" and len(counts) > 1:
         facts.append(f"F16 where a row is no multiple of {BLOCK} values, which Q8_0 wants")
@@ -77,8 +79,9 @@ def write_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
     return tuple(facts)
 
 
-def check_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str, ...]:
-    """Read a written file back and compare everything with its source. Returns what was compared.
+def check_gguf(path: Path, source: ModelSource, dtype: str | None,
+               done: Callable[[str], None] = lambda tensor: None) -> tuple[str, ...]:
+    """Read a written file back and compare everything with its source. Returns what was compared; `done` as above.
 
     Raises GateError naming the first difference, and as open_gguf_model.
     """
@@ -96,7 +99,8 @@ def check_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
             if kind not in STORED:
                 expected = dequantised(expected, kind, shape)
             demand(f"values of '{name}'", True, raw_bytes(expected) == raw_bytes(back.read(name)))
-        done = [f"{len(source.shapes)} of {len(source.shapes)} tensors equal", "configuration equal"]
+            done(name)
+        facts = [f"{len(source.shapes)} of {len(source.shapes)} tensors equal", "configuration equal"]
         demand("tokenizer", "tokenizer.json" in source.assets, "tokenizer.json" in back.assets)
         if "tokenizer.json" in source.assets:
             old, new = (load(s.assets["tokenizer.json"], str(s.path)) for s in (source, back))
@@ -107,8 +111,8 @@ def check_gguf(path: Path, source: ModelSource, dtype: str | None) -> tuple[str,
             demand("special ids", *({key: value for key, value in text_keys(s)[0].items() if key.endswith(SPECIAL)}
                                     for s in (source, back)))
             demand("chat template", chat_template(source), chat_template(back))
-            done.append(f"token ids equal on {len(PROBES)} probe texts; special ids and chat template equal")
-    return tuple(done)
+            facts.append(f"token ids equal on {len(PROBES)} probe texts; special ids and chat template equal")
+    return tuple(facts)
 
 
 def stored_type(shape: tuple[int, ...], source: str, dtype: str | None) -> str:

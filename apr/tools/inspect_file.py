@@ -5,12 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from apr.data.shards import open_shards, read_manifest
 from apr.data.tokenizer import MAX_VOCABULARY, Tokenizer
 from apr.dtypes import BY_NAME
 from apr.errors import FormatError, NotFoundError
 from apr.files import sha256_file
 from apr.formats.apr_file import FLAGS, open_apr
+from apr.formats.gguf_file import open_gguf
+from apr.formats.gguf_model import open_gguf_model
 from apr.formats.model_file import config_from_metadata
 from apr.formats.open_model import open_model
 from apr.formats.safetensors import open_safetensors
@@ -35,11 +39,13 @@ def inspect(path: Path) -> dict[str, Any]:
         return _apr(path)
     if path.suffix == ".safetensors":
         return _safetensors(path)
+    if path.suffix == ".gguf":
+        return _gguf(path)
     if path.suffix == ".json":
         return _tokenizer(path)
     if path.suffix == ".bin":
         return _shards(path)
-    raise FormatError(str(path), ".apr, .safetensors, tokenizer .json, .bin or a folder", f"'{path.suffix}'",
+    raise FormatError(str(path), ".apr, .safetensors, .gguf, tokenizer .json, .bin or a folder", f"'{path.suffix}'",
                       "check the path")
 
 
@@ -98,6 +104,19 @@ def _model(path: Path) -> dict[str, Any]:
                 "tensors": [{"name": name, "dtype": source.dtypes[name], "shape": list(shape),
                              "bytes": math.prod(shape) * BY_NAME[source.dtypes[name]].size}
                             for name, shape in source.shapes.items()]}
+
+
+def _gguf(path: Path) -> dict[str, Any]:
+    with open_gguf(path) as opened:
+        metadata = {key: value if not isinstance(value, (list, np.ndarray)) else f"{len(value)} values"
+                    for key, value in opened.metadata.items()}
+        out: dict[str, Any] = {"kind": "gguf", "path": str(path), "sha256": sha256_file(path),
+                               "version": opened.version}
+        tensors = [{"name": e.name, "dtype": e.type, "shape": list(e.shape), "bytes": e.nbytes}
+                   for e in opened.entries.values()]
+    with open_gguf_model(path) as source:
+        out.update(config=to_hf(source.config), parameters=parameter_count(source.config), facts=list(source.facts))
+    return {**out, "metadata": metadata, "tensors": tensors}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

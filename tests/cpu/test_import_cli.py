@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,6 +21,8 @@ try:  # the library that the package sends its requests by has changed its name
     http = importlib.import_module("httpx2")
 except ImportError:
     http = importlib.import_module("httpx")
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "hf" / "qwen2"
 
 
 @pytest.fixture
@@ -183,3 +186,23 @@ def test_only_what_is_read_is_downloaded():
     ("/a/b", False), ("a/b.apr", False), ("a/.b", False), ("a/b c", False), ("a/b\n", False), ("ä/b", False)])
 def test_names_of_the_hub(text, is_one):
     assert hub.looks_like_a_name(text) is is_one
+
+
+@pytest.mark.parametrize("dtype", [None, "f32", "f16", "q8_0"])
+def test_there_and_back_by_gguf(tmp_path, capsys, dtype):
+    with open_model(GOLDEN) as source:
+        count = len(source.shapes)
+    assert apr(capsys, "import", GOLDEN, "-o", tmp_path / "m.apr")[0] == 0
+    chosen = [] if dtype is None else ["--dtype", dtype]
+    code, out, err = apr(capsys, "export", tmp_path / "m.apr", "--format", "gguf", "-o", tmp_path / "m.gguf", *chosen)
+    assert (code, err) == (0, "") and f"{count} of {count} tensors equal\n" in out
+    code, out, _ = apr(capsys, "inspect", tmp_path / "m.gguf", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["kind"] == "gguf" and len(told["tensors"]) == count
+    code, out, err = apr(capsys, "import", tmp_path / "m.gguf", "-o", tmp_path / "back.apr")
+    assert (code, err) == (0, "") and " from qwen2.rope.freq_base\n" in out
+    with open_model(tmp_path / "m.apr") as before, open_model(tmp_path / "back.apr") as after:
+        assert after.config == before.config
+        if dtype in (None, "f32"):
+            for name in before.shapes:
+                assert (after.read(name).astype(np.float32) == before.read(name).astype(np.float32)).all(), name
