@@ -77,6 +77,9 @@ class ModelSource:
 
 def check_names(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise FormatError unless `shapes` are exactly the model's parameters: none missing, none left over."""
+    if config.L > len(shapes):  # a few bytes can claim thousands of layers, whose table would take its time
+        raise FormatError(where, f"the tensors of {config.L} layers", f"{len(shapes)} tensors",
+                          "give the file of this model")
     specs = {s.name: s.shape for s in param_specs(config)}
     missing, extra = sorted(specs.keys() - shapes.keys()), sorted(shapes.keys() - specs.keys())
     if missing or extra:

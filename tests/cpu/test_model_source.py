@@ -23,6 +23,7 @@ from apr.formats.model_file import (
     write_apr_model,
 )
 from apr.formats.open_model import open_model
+from apr.formats.source import check_names
 from apr.formats.stored import rounded
 from apr.hf_config import to_hf
 from apr.params import EMBED
@@ -265,3 +266,9 @@ def test_other_paths(tmp_path):
     (made / "manifest.json").write_text('{"format": "of another tool"}')
     with open_model(made) as source:
         assert source.format == "hf"
+
+
+def test_more_layers_than_tensors_are_refused_before_their_table_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("apr.formats.source.param_specs", lambda config: pytest.fail("a table was made"))
+    with pytest.raises(FormatError, match="the tensors of 1024 layers, found 3 tensors"):
+        check_names(dataclasses.replace(QWEN2, num_hidden_layers=1024), dict.fromkeys("abc", (1,)), "m")
