@@ -29,7 +29,7 @@ class Argument:
     """An array or scalar of an op: axes (also G*T, HS/2), storage type, what the op does to it."""
 
     shape: tuple[str, ...]
-    dtype: Literal["floatX", "f32", "i32", "config"]  # floatX: the storage type; config: a value that no kernel sees
+    dtype: Literal["floatX", "f32", "i32", "i64", "config"]  # config: what no kernel sees
     role: Literal["read", "set", "add", "update"]
 
 

@@ -13,7 +13,7 @@ BAKED = ("EPS", "FLOATX", "HEADS", "HS", "NH", "NKV", "QK_NORM", "SPLITS")
 ATTENTION = KernelSpec("decode_attention.cu", "decode_attention", BAKED,
                        ("out:f32*", "partial:f32*", "ticket:i32*", "k_cache:floatX*", "v_cache:floatX*",
                         "qkv:const f32*", "q_weight:const floatX*?", "k_weight:const floatX*?", "cos:const f32*",
-                        "sin:const f32*", "pos:const i32*", "S:i32", "scale:f32"))
+                        "sin:const f32*", "pos_of:const i32*", "S:i32", "scale:f32"))
 APPEND = KernelSpec("decode_attention.cu", "kv_cache_append", BAKED,
                     ("k_cache:floatX*", "v_cache:floatX*", "qkv:const floatX*", "S:i32", "T:i32"))
 SPECS = (ATTENTION, APPEND)

@@ -24,13 +24,27 @@ def decode_linear_baked(B: int, rows: int, width: int, eps: float, storage: str)
     """The baked values of all four kernels for a matrix (rows, width).
 
     A thread takes one vector of 16 bytes of each of ROWS rows where a row is up to LARGEST_BLOCK of them; ROWS is what
-    spreads the matrix over the GPU once, even and at most 16, fewer for many inputs, whose sums are registers too.
+    spreads the matrix over the GPU once, even and at most what _most_rows allows.
     """
     vectors = width // vector_width(width, 2 if storage == "bf16" else 4)
     threads = min(LARGEST_BLOCK, blocks(vectors, 32) * 32)
-    each = min(max(blocks(rows, SPREAD), 2), 16 if B <= 2 else 32 // B)
+    each = blocks(max(blocks(rows, SPREAD), 2), 2) * 2
     return {"B": B, "BLOCK": threads, "EPS": float(eps), "FLOATX": storage, "I": width, "O": rows,
-            "ROWS": blocks(each, 2) * 2}
+            "ROWS": min(each, _most_rows(B, threads, vectors, storage))}
+
+
+def _most_rows(B: int, threads: int, vectors: int, storage: str) -> int:
+    """Even, at most 16: rows whose weights and sums a thread's registers hold without spills.
+
+    An SM has 512 registers of a lane for each of its four schedulers. A row takes 4 of them for its vector, in bf16
+    twice where a thread has several vectors, and one for each input's sum; the rest of the code is what the compilers
+    were seen to need.
+    """
+    registers = min(255, 512 // blocks(threads, 128) // 8 * 8)
+    other, vector = (40, 8 if vectors > threads else 4) if storage == "bf16" else (12, 4)
+    room = (registers - other - B) // (vector + B)
+    few = 16 if B <= 2 else blocks((32 if storage == "bf16" else 24) // B, 2) * 2
+    return max(2, min(room // 2 * 2, few))
 
 
 def head_blocks(c: TransformerConfig, B: int, storage: str) -> int:

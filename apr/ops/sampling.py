@@ -9,7 +9,7 @@ from apr.kernel import Baked, KernelSpec, floatx
 BAKED = ("B", "BESTS", "C", "FLOATX", "V")
 EMBED = KernelSpec("sampling.cu", "embed", BAKED, ("x:f32*", "token:const i32*", "matrix:const floatX*"))
 SAMPLE = KernelSpec("sampling.cu", "sample", BAKED,
-                    ("x:f32*", "token:i32*", "pos:i32*", "step:i32*", "tokens:i32*", "logits:const f32*",
+                    ("x:f32*", "token:i32*", "pos:i32*", "step:i32*", "tokens:i32*", "all_logits:const f32*",
                      "best_score:const f32*", "best_id:const i32*", "matrix:const floatX*", "settings:const i64*",
                      "odds:const f64*"))
 SPECS = (EMBED, SAMPLE)

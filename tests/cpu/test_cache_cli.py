@@ -85,7 +85,7 @@ def test_explain_the_difference_of_two_keys(folder, capsys):
     (["explain", "a", "b", "c"], 2, "one or two"), (["list", "x"], 2, "1 after 'list'"), (["sweep"], 2, "invalid"),
     (["clear", "--preset", "tiny"], 2, "with 'warm' alone"), (["warm"], 2, "--preset NAME"),
     (["warm", "--preset", "tinny"], 2, "did you mean 'tiny'"),
-    (["warm", "--preset", "tiny", "--arch", "sm_1"], 9, "a compiler that knows sm_1")], ids=lambda a: "-".join(a)
+    (["warm", "--preset", "tiny", "--arch", "sm_1"], 9, "a compiler that knows sm_1,")], ids=lambda a: "-".join(a)
     if isinstance(a, list) else None)
 def test_mistakes(folder, capsys, arguments, code, words):
     assert main(["cache", *arguments]) == code

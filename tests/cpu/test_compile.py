@@ -1,7 +1,8 @@
 """Every kernel of three models, compiled for three architectures without a GPU: clean, lean, with their constants.
 
 The models: biases and small heads; head norms and heads of 128; Llama 3's scaling and a width of 2048. What is compiled
-is what the cache would compile; equal variants are compiled once.
+is what the cache would compile, for training, and for generating one sequence and eight; equal variants are compiled
+once. Where a matrix of decoding fills the registers, every batch of more models is compiled.
 """
 
 import re
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from small_kernels import BAKED, SOURCE, SPEC, small_cache, write_kernels
 
-from apr.errors import KernelCompileError
-from apr.presets import llama3_2_1b, qwen2_0_5b, qwen3_0_6b
+from apr.errors import KernelCompileError, UnavailableError
+from apr.infer.cuda_engine import BATCHES
+from apr.presets import llama3_2_1b, llama_370m, qwen2_0_5b, qwen2_7b, qwen3_0_6b
 from apr.ptx_cache import OPTIONS, PtxCache, Recipe, compile_text
 from apr.ptx_store import Entry
-from apr.registry import variants
+from apr.registry import inference_variants, variants
 from apr.tools.kernel_cache import baked_values, missing_constants, traces
 
 CONFIGS = (qwen2_0_5b, qwen3_0_6b, llama3_2_1b)
@@ -29,20 +31,23 @@ STACK = {
     "attention_backward_dkv": 16,  # HS = 128 needs all 255 registers
     "attention_backward_dq": 40,
     "rmsnorm_backward": 16,  # two vectors of a row in 48 registers
+    "sample": 8,  # a block of 1024 threads has 64 registers each, and the compiler stops at 32
 }
 SPILLED = 64  # bytes stored, and twice that loaded, where there is a stack at all
 
 
 @cache
 def recipes() -> dict[str, Recipe]:
-    """Every module that the models need, by key."""
+    """Every module that the models need, by key; `sm_90` is of training alone, for it is the code of sm_90a."""
     found = {}
     for arch in ARCHS:
         kernels = PtxCache(arch)
         for config in CONFIGS:
             for storage in ("f32", "bf16"):
-                made = [kernels.recipe(spec, baked) for spec, baked in variants(config, storage)]
-                found |= {r.key: r for r in made}
+                needed = variants(config, storage)
+                if arch != "sm_90":
+                    needed += [v for b in (1, 8) for v in inference_variants(config, storage, b)]
+                found |= {r.key: r for r in (kernels.recipe(spec, baked) for spec, baked in needed)}
     return found
 
 
@@ -161,7 +166,7 @@ def test_errors_and_warnings_are_refused_in_one_line_with_their_line(tmp_path, l
 
 @pytest.mark.parametrize("arch", ["sm_13", "sm_999", "nonsense"])
 def test_an_architecture_that_the_compiler_does_not_know(tmp_path, arch):
-    with pytest.raises(KernelCompileError, match="install an NVRTC that knows this architecture"):
+    with pytest.raises(UnavailableError, match=f"a compiler that knows {arch}, found one that does not"):
         small_cache(tmp_path / "cache", tmp_path / "k", arch).build(SPEC, BAKED)
 
 

@@ -14,7 +14,10 @@ from apr.strict import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 CONTRACTS = load_all(contracts_dir())
-OPS = [c for c in CONTRACTS if c.name not in ("block", "model", "kv_cache", "ptx_cache", "buffers")]
+FUSED = [c for c in CONTRACTS if c.name.startswith("decode_")]  # several references, one kernel
+OPS = [c for c in CONTRACTS if c not in FUSED and c.name not in ("block", "model", "kv_cache", "ptx_cache", "buffers")]
+SCRATCH = {"partial", "ticket"}  # arrays of a kernel that nobody gets to see
+SIZES = {"S", "T"}  # arguments that are axes
 HELPERS = {"sigmoid", "silu", "inverse_frequencies"}  # functions inside an op, which promise nothing of their own
 NOT_ARGUMENTS = {"head_size", "dtype"}  # an axis (HS) and the storage type
 
@@ -90,6 +93,14 @@ def test_contract_names_every_argument_of_the_reference(contract):
                  if f.__module__ == module.__name__ and name not in HELPERS and not name.startswith("_")]
     arguments = {name for f in functions for name in inspect.signature(f).parameters} - NOT_ARGUMENTS
     assert set(contract.inputs) <= arguments <= set(contract.inputs | contract.outputs | contract.backward)
+
+
+@pytest.mark.parametrize("contract", FUSED, ids=lambda c: c.name)
+def test_contract_of_a_fused_op_names_every_argument_of_its_kernels(contract):
+    module = import_module(f"apr.ops.{contract.name}")
+    arguments = {arg.partition(":")[0].removesuffix("_of") for spec in module.SPECS for arg in spec.args}
+    assert set(contract.inputs | contract.outputs) == arguments - SCRATCH - SIZES
+    assert list(contract.baked) == list(module.BAKED)
 
 
 def test_valid_contract_is_read(tmp_path):

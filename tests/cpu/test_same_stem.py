@@ -1,5 +1,6 @@
 """An op has one stem everywhere: reference, contract, test; with GPU ops also op, kernel, GPU test and benchmark."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ COMPOSITIONS = {"block", "model", "kv_cache"}
 # The residual addition is part of the norm that follows it: its kernel and op are that op's. (It has a GPU test and a
 # benchmark of its own.)
 FUSED = {"residual": "rmsnorm"}
+# Decoding fuses these: their truth is these references, one after the other.
+DECODING = {"decode_linear": ("linear", "rmsnorm", "residual", "swiglu"),
+            "decode_attention": ("attention", "rope", "rmsnorm")}
 # And contracts of things that are no ops.
 NOT_OPS = {"ptx_cache", "buffers"}
 
@@ -31,8 +35,9 @@ def test_there_are_ops():
 
 
 def test_every_reference_has_its_contract_and_every_contract_its_reference():
-    assert stems("contracts/*-v1.yaml") - NOT_OPS == REFERENCE
-    assert {p.name for p in (ROOT / "contracts").iterdir()} == {f"{s}-v1.yaml" for s in REFERENCE | NOT_OPS}
+    assert stems("contracts/*-v1.yaml") - NOT_OPS == REFERENCE | DECODING.keys()
+    named = REFERENCE | DECODING.keys() | NOT_OPS
+    assert {p.name for p in (ROOT / "contracts").iterdir()} == {f"{s}-v1.yaml" for s in named}
 
 
 def test_every_reference_has_its_test_and_every_test_its_reference():
@@ -46,6 +51,7 @@ GPU_SIBLINGS = ["apr/ops/*.py", "kernels/*.cu", "tests/gpu/test_*.py", "benchmar
 @pytest.mark.parametrize("pattern", GPU_SIBLINGS if (ROOT / "apr" / "ops").is_dir() else ["apr/reference/*.py"])
 def test_every_op_has_its_sibling(pattern):
     needed = OPS - FUSED.keys() if pattern in ("apr/ops/*.py", "kernels/*.cu") else OPS
+    needed = needed | DECODING.keys()
     assert stems(pattern) >= needed, "missing: " + ", ".join(sorted(needed - stems(pattern)))
     if pattern == "apr/ops/*.py":
         assert stems(pattern) == needed, "an op without a reference"
@@ -54,3 +60,14 @@ def test_every_op_has_its_sibling(pattern):
 def test_what_is_fused_is_part_of_the_kernel_that_it_is_said_to_be_in():
     for op, host in FUSED.items():
         assert f"apr/reference/{op}.py" in (ROOT / "kernels" / f"{host}.cu").read_text()
+
+
+@pytest.mark.parametrize("op", DECODING)
+def test_what_decoding_fuses_is_named_by_its_kernel_and_used_by_its_test(op):
+    assert op not in REFERENCE and set(DECODING[op]) <= OPS
+    header = (ROOT / "kernels" / f"{op}.cu").read_text().partition("#include")[0]
+    named = re.search(r"REFERENCE +apr/reference/(.*)", header)[1]
+    assert named.split(", ") == [f"{reference}.py" for reference in DECODING[op]]
+    test = (ROOT / "tests" / "gpu" / f"test_{op}.py").read_text()
+    imported = set(re.findall(r"from apr\.reference\.(\w+) import", test))
+    assert imported == set(DECODING[op]) - FUSED.keys()  # a residual addition is a `+`
