@@ -60,15 +60,21 @@ QUOTES = {
     ("adamw", "flops"): ["about 15 per parameter: 15 size"],
     ("global_norm", "norm_bytes"): ["4 size bytes: 4 size"],
     ("global_norm", "flops"): ["2 size: 2 size"],
+    ("decode_linear", "weight_bytes"): ["OIs bytes of weights once, for all B inputs: OIs"],
+    ("decode_linear", "flops"): ["2BOI: 2BOI"],
+    ("decode_attention", "attention_bytes"): ["2 T NKV HS s bytes per sequence: 2 T NKV HS s"],
+    ("decode_attention", "attention_flops"): ["4 T NH HS per sequence: 4 T NH HS"],
+    ("sampling", "greedy_bytes"): ["8 B BESTS bytes: 8 B BESTS"],
+    ("sampling", "drawn_bytes"): ["where it draws, 4 B V bytes 2 to 11 times: 4 B V"],
 }
 SOURCES = {"residual": "rmsnorm.cu"}
 VALUES = {"N": 11, "C": 13, "F": 17, "U": 5, "V": 19, "P": 7, "O": 23, "I": 29, "B": 3, "T": 31, "NH": 6, "NKV": 2,
-          "HS": 8, "QKV": 80, "s": 2, "size": 37, "copy": 1}
+          "HS": 8, "QKV": 80, "BESTS": 41, "s": 2, "size": 37, "copy": 1}
 
 
 def evaluate(terms: str) -> int:
     """The value of "2NCs + 4N": symbols side by side are multiplied."""
-    tokens = re.findall(r"size|copy|QKV|NKV|NH|HS|\d+|[A-Z]|s|[-+*^()]", terms)
+    tokens = re.findall(r"size|copy|BESTS|QKV|NKV|NH|HS|\d+|[A-Z]|s|[-+*^()]", terms)
     assert "".join(tokens) == terms.replace(" ", "")
     text = ""
     for before, token in zip(["+", *tokens], tokens, strict=False):
@@ -167,7 +173,7 @@ class FakeDevice:
                                   get_elapsed_time=lambda a, b: 0.25)
         self.cupy = SimpleNamespace(cuda=runtime, __version__="14")
 
-    def launch(self, spec, baked, grid, block, args, shared=0):
+    def launch(self, spec, baked, grid, block, args, shared=0, programmatic=False):
         spec.check_baked(baked)
         checks = [kernel._argument(arg, str(baked["FLOATX"])) for arg in spec.args]
         assert len([check(spec.entry, arg) for check, arg in zip(checks, args, strict=True)]) == len(args)
@@ -176,6 +182,9 @@ class FakeDevice:
 
     def empty(self, shape, dtype):
         return FakeArray(shape, kernel.DEVICE_DTYPES[dtype])
+
+    def mapped(self, shape, dtype):
+        return np.zeros(shape, kernel.DEVICE_DTYPES[dtype]), self.empty(shape, dtype)
 
     def upload(self, array, host):
         assert host.size == array.size
