@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ from apr.cli.progress import Display, print_json
 from apr.cli.showcase import print_curve, print_sample
 from apr.config import TransformerConfig, TransformerTrainConfig, decode
 from apr.errors import ConfigError
-from apr.formats.apr_file import open_apr
-from apr.formats.model_file import config_from_metadata
 from apr.presets import PRESETS, preset
 from apr.tools.device import choose_device
 from apr.train.corpus import DEMO
+from apr.train.init import InitModel, open_init
 from apr.train.pretrain import LoopConfig
 from apr.train.run import pretrain, read_run, resume
 from apr.train.run_config import MODES, RunConfig, check_370m, check_provisioned, check_resumed
@@ -27,7 +27,7 @@ FIELDS = {
     "init": ("", "init"), "synthetic": ("", "synthetic"), "allow_shard_cycle": ("", "allow_shard_cycle"),
     "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"),
     "batch_size": ("train", "batch_size"), "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"),
-    "precision": ("train", "precision"),
+    "precision": ("train", "precision"), "force_init_loss": ("", "force_init_loss"), "weights": ("", "weights"),
     "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"),
     "target_val_loss": ("loop", "target_val_loss"),
 }
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", metavar="PATH", help="token shards, or a file or folder of text, JSONL or Parquet")
     add("--tokenizer", metavar="PATH",
         help="tokenizer.json or its folder, or one with vocab.json and merges.txt; "
-             "without it one is trained on the text")
+             "without it the shards' or the model's own, or one is trained on the text")
     add("--run-dir", metavar="DIR", type=Path, required=True,
         help="where the run is kept; new, or with --resume an old one")
     add("--resume", action="store_true", help="go on with the run in --run-dir, from its newest checkpoint")
@@ -68,7 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=int, help="the model's vocabulary (default: the preset's)")
     add("--precision", choices=("fp32", "bf16"), help=help_of("precision"))
     add("--device", metavar="cpu|cuda[:N]|auto", help="default auto")
-    add("--init", metavar="FILE", help="start from the weights of an .apr file, with a fresh optimizer")
+    add("--init", metavar="MODEL",
+        help="start from the weights of a model, with a fresh optimizer: .apr or GGUF file, Hugging Face folder, "
+             "checkpoint or run; its tokenizer is used unless another is given")
+    add("--force-init-loss", action="store_true", default=None,
+        help="with --init: train although the loss before the first step is above 0.7 ln V, as of scrambled weights")
+    add("--weights", choices=("f32", "bf16"),
+        help="type of the weights in each epoch's .apr (default: bf16 where the model of --init is, else f32)")
     add("--force-under-provisioned", action="store_true",
         help="with --init: train although there are under 10 tokens per parameter")
     add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
@@ -93,12 +99,16 @@ def run(args: argparse.Namespace) -> int:
             config = saved
             end = resume(saved, args.run_dir, device, sinks, display.warn)
         else:
-            config = build_config(args, chosen.precision)
-            if config.init is not None:
-                advice = check_provisioned(config.model, config.train, args.force_under_provisioned)
-                if advice:
-                    display.warn(advice)
-            end = pretrain(config, args.run_dir, device, sinks)
+            with ExitStack() as stack:
+                init = open_asked(args)
+                if init is not None:
+                    stack.enter_context(init)
+                config = build_config(args, chosen.precision, init)
+                if init is not None:
+                    advice = check_provisioned(config.model, config.train, args.force_under_provisioned)
+                    if advice:
+                        display.warn(advice)
+                end = pretrain(config, args.run_dir, device, sinks, init)
     if not args.json:
         if not config.synthetic:
             print_curve(args.run_dir, sys.stdout)
@@ -110,26 +120,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_config(args: argparse.Namespace, precision: str = "fp32") -> RunConfig:
-    """The configuration of a new run; `precision` is the device's own.
+def open_asked(args: argparse.Namespace) -> InitModel | None:
+    """The model of --init, or of the --config file's `init`, open; None for a run from scratch.
+
+    Raises ConfigError beside another shape of model, and what open_init raises.
+    """
+    given = _given(args)
+    path = args.init or given.get("init")
+    if path is None:
+        return None
+    if args.preset or args.vocab_size or "preset" in given or "model" in given:
+        raise ConfigError("--init", "the model's shape to come from the model alone",
+                          "a preset, model or vocabulary beside it", "drop them")
+    return open_init(Path(path))
+
+
+def build_config(args: argparse.Namespace, precision: str = "fp32", init: InitModel | None = None) -> RunConfig:
+    """The configuration of a new run; `precision` is the device's own, `init` as open_asked gives it.
 
     Raises ConfigError, NotFoundError, FormatError.
     """
-    given: dict[str, Any] = {}
-    if args.demo:
-        given = {**DEMO_RUN}
-    if args.config is not None:
-        given = _merge_sections(given, read_config_file(args.config))
-    init = args.init or given.get("init")
-    model = _model(args, given, init)
-    mode = args.mode or given.get("mode") or ("finetune" if init else "from-scratch")
+    given = _given(args)
+    model = _model(args, given) if init is None else init.config
+    mode = args.mode or given.get("mode") or ("from-scratch" if init is None else "finetune")
     row = MODES[mode]
     base = {"train": {**UPSTREAM_TRAIN, "lr": row["lr"], "warmup_steps": int(row["warmup_steps"]),
                       "precision": precision},
             "loop": {**asdict(LoopConfig()), "target_val_loss": row["target_val_loss"]}, "mode": mode, "dataset": None,
-            "tokenizer": None,
-            "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False, "init": None}
+            "tokenizer": None, "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False,
+            "init": None, "weights": "f32" if init is None else init.dtype.lower()}
     return _merge(base, given, args, model)
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What --demo and the --config file say."""
+    given: dict[str, Any] = {**DEMO_RUN} if args.demo else {}
+    return given if args.config is None else _merge_sections(given, read_config_file(args.config))
 
 
 def _merge(base: dict[str, Any], given: dict[str, Any], args: argparse.Namespace,
@@ -155,12 +181,7 @@ def _merge_sections(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any
     return out
 
 
-def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) -> TransformerConfig:
-    if init is not None:
-        if args.preset or args.vocab_size or "preset" in given or "model" in given:
-            raise ConfigError("--init", "the model's shape to come from the file alone",
-                              "a preset, model or vocabulary beside it", "drop them")
-        return _init_config(Path(init))
+def _model(args: argparse.Namespace, given: dict[str, Any]) -> TransformerConfig:
     if "model" in given and not args.preset:
         model = decode(TransformerConfig, given["model"], "model")
     else:
@@ -168,8 +189,3 @@ def _model(args: argparse.Namespace, given: dict[str, Any], init: str | None) ->
     if model == PRESETS["llama_370m"]:
         check_370m(model)
     return replace(model, vocab_size=args.vocab_size) if args.vocab_size is not None else model
-
-
-def _init_config(path: Path) -> TransformerConfig:
-    with open_apr(path) as opened:
-        return config_from_metadata(opened.metadata, str(path))

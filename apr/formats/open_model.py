@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from apr.errors import FormatError, IntegrityError, NotFoundError
@@ -20,25 +21,37 @@ MAGIC = {b"PK\x03\x04": "a zip or PyTorch file", b"\x80\x02": "a pickle", b"\x80
          b"version https://git-lfs": "a pointer to a file that git-lfs has not fetched", b"<": "HTML or XML"}
 
 
+Reader = Callable[[Path], ModelSource]
+
+
 def open_model(path: Path) -> ModelSource:
     """Open a model: .apr file, GGUF file, Hugging Face folder, checkpoint folder or run folder (its newest checkpoint).
 
     Raises NotFoundError, StorageError, FormatError, IntegrityError, and ConfigError for a configuration that apr does
     not compute (ARCH-007 for encoders).
     """
+    reader, place = find_reader(path)
+    return reader(place)
+
+
+def find_reader(path: Path) -> tuple[Reader, Path]:
+    """What opens the model, and the file or folder that holds it; nothing is read but what tells one from another.
+
+    Raises NotFoundError, StorageError, FormatError for what is no model, IntegrityError for a checkpoint's sizes.
+    """
     with os_errors(str(path)):
         folder = path.is_dir()
     return _folder(path) if folder else _file(path)
 
 
-def _file(path: Path) -> ModelSource:
+def _file(path: Path) -> tuple[Reader, Path]:
     file, _ = open_regular(path)
     with file, os_errors(str(path)):
         head = file.read(64)
     if head[:3] == b"APR":
-        return open_apr_model(path)
+        return open_apr_model, path
     if head[:4] == b"GGUF":
-        return open_gguf_model(path)
+        return open_gguf_model, path
     if head[8:9] == b"{":
         raise FormatError(str(path), KNOWN, "a safetensors file, which says nothing of its model",
                           "give the folder that also holds its config.json")
@@ -46,7 +59,7 @@ def _file(path: Path) -> ModelSource:
     raise FormatError(str(path), KNOWN, found, "check the path")
 
 
-def _folder(path: Path) -> ModelSource:
+def _folder(path: Path) -> tuple[Reader, Path]:
     if os.path.lexists(path / RUN):
         path = _newest(path)
     if os.path.lexists(path / MANIFEST):
@@ -56,7 +69,7 @@ def _folder(path: Path) -> ModelSource:
                             "this folder is no complete checkpoint")
     if not os.path.lexists(path / CONFIG):
         raise NotFoundError(str(path / CONFIG), "a model's configuration", "nothing there", f"give {KNOWN}")
-    return open_hf(path)
+    return open_hf, path
 
 
 def _newest(run: Path) -> Path:

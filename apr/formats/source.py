@@ -6,7 +6,7 @@ cannot pass unseen. Values are read one parameter at a time, in the type that th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from apr.params import param_specs
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "generation_config.json", "chat_template.jinja")
 FLOATS = ("F32", "F16", "BF16")
+COVERAGE, ARCH_MATCH = "POPULATE-COVERAGE", "INIT-ARCH-MATCH-001"  # gates, by upstream's names
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,33 @@ class ModelSource:
 
 
 def check_names(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise FormatError unless `shapes` are exactly the model's parameters: none missing, none left over."""
+    """Raise FormatError unless `shapes` are exactly the model's parameters: none missing, none left over.
+
+    The place begins with POPULATE-COVERAGE, or with INIT-ARCH-MATCH-001 where the names are those of another family.
+    """
     if config.L > len(shapes):  # a few bytes can claim thousands of layers, whose table would take its time
-        raise FormatError(where, f"the tensors of {config.L} layers", f"{len(shapes)} tensors",
+        raise FormatError(f"{COVERAGE} {where}", f"the tensors of {config.L} layers", f"{len(shapes)} tensors",
                           "give the file of this model")
-    specs = {s.name: s.shape for s in param_specs(config)}
+    specs, family = {s.name: s.shape for s in param_specs(config)}, config.hf_model_type
     missing, extra = sorted(specs.keys() - shapes.keys()), sorted(shapes.keys() - specs.keys())
     if missing or extra:
-        raise FormatError(where, f"exactly the {len(specs)} tensors of this {config.hf_model_type}",
-                          f"missing {missing[:5]} ({len(missing)}), not used {extra[:5]} ({len(extra)})",
+        odd = f"missing {missing[:5]} ({len(missing)}), not used {extra[:5]} ({len(extra)})"
+        named = families_of(shapes)
+        if family not in named:
+            raise FormatError(f"{ARCH_MATCH} {where}", f"the tensors of a {family}, as the configuration says",
+                              f"those of a {' or '.join(named)}: {odd}", "give configuration and tensors of one model")
+        raise FormatError(f"{COVERAGE} {where}", f"exactly the {len(specs)} tensors of this {family}", odd,
                           "give the file of this model")
     for name, shape in specs.items():
         if tuple(shapes[name]) != shape:
-            raise FormatError(f"{where}: tensor '{name}'", f"shape {list(shape)}", f"{list(shapes[name])}",
+            raise FormatError(f"{COVERAGE} {where}: tensor '{name}'", f"shape {list(shape)}", f"{list(shapes[name])}",
                               "give the file of this model")
+
+
+def families_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The families that a model of these tensors can be of: a norm of the queries is Qwen3's, their bias Qwen2's."""
+    ends = {".".join(name.split(".")[-2:]) for name in names}
+    return ("qwen3",) if "q_norm.weight" in ends else ("qwen2",) if "q_proj.bias" in ends else ("llama", "mistral")
 
 
 def check_finite(array: np.ndarray, where: str) -> None:

@@ -1,6 +1,5 @@
 """What the NumPy trainer and the GPU trainer have in common: names, hashes, saving; and what a step reports."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from apr.errors import ShapeError
 from apr.formats.model_file import check_coverage, save_model
 from apr.params import layout
 from apr.train.schedule import lr_at
+from apr.train.snapshot import Snapshot, sha256_of
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,15 @@ class Trainer(ABC):
 
     def optimizer_state_sha256(self) -> str:
         """SHA-256 of the step count, then every m, then every v, in the order and with the names of the layout."""
-        return _sha256(self.optimizer_state(), self.step)
+        return sha256_of(self.optimizer_state(), self.step)
 
     def parameters_sha256(self) -> str:
         """SHA-256 of every parameter, in the order and with the names of the layout."""
-        return _sha256(self.params, 0)
+        return sha256_of(self.params)
+
+    def snapshot(self) -> Snapshot:
+        """Parameters and optimizer state, each fetched once."""
+        return Snapshot(self.step, self.params, self.optimizer_state())
 
     def save_apr(self, path: Path) -> None:
         """The model as an .apr file. Raises StorageError."""
@@ -137,11 +141,3 @@ class Trainer(ABC):
     def _load_checked(self, arrays: Mapping[str, np.ndarray]) -> None:
         """load_params of weights from outside. Raises FormatError unless they are exactly the model's."""
         self.load_params(check_coverage(self.model, dict(arrays), "weights"))
-
-
-def _sha256(arrays: dict[str, np.ndarray], step: int) -> str:
-    digest = hashlib.sha256(step.to_bytes(8, "little"))
-    for name, array in arrays.items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ SPIKE = 3.0  # times the window's median, plus one nat: far beyond any spike tha
 DIVERGENCE_RATIO = 2.0  # validation loss over the previous one
 ABOVE_UNIFORM = 1.0  # nats above ln V at which a model is worse than no model
 BELOW_UNIFORM = 0.5  # nats below ln V that untrained weights can explain
+INIT_SHARE = 0.7  # of ln V: what a model that learnt from text must beat on text of its kind
 SUSPICIOUS_RATIO = 0.2  # validation loss over recent training loss: upstream's broken eval gave 0.0007
 
 
@@ -28,12 +29,13 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """A state, and for TRIP the id of the broken invariant and the reason."""
+    """A state, and for TRIP the id of the broken invariant, the reason, and what to do."""
 
     state: State
     gate: str = ""
     expected: str = ""
     found: str = ""
+    fix: str = "the run ended here; the last checkpoint is from before this step"
 
     @property
     def tripped(self) -> bool:
@@ -76,6 +78,16 @@ def judge_initial(val_loss: float, vocab_size: int, fresh: bool) -> Verdict:
     if not (math.isfinite(val_loss) and val_loss > 0 and low <= val_loss <= high):
         return _trip("EVAL-METHODOLOGY-001", f"an initial val_loss in [{low:.3f}, {high:.3f}] (ln V = {uniform:.3f})",
                      f"{val_loss}")
+    return Verdict(State.OK)
+
+
+def judge_init(val_loss: float, vocab_size: int) -> Verdict:
+    """The validation loss of weights that a run was given, before the first step. Scrambled ones are near ln V."""
+    limit = INIT_SHARE * math.log(vocab_size)
+    if not val_loss <= limit:
+        return Verdict(State.TRIP, "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
+                       f"an initial val_loss of at most {INIT_SHARE} ln V = {limit:.4f}", f"{val_loss:.4f}",
+                       "check that model, tokenizer and data belong together, or add --force-init-loss")
     return Verdict(State.OK)
 
 

@@ -67,3 +67,26 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         with os_errors(str(self.path)):
             self.file.close()
+
+
+class Notes:
+    """Takes lines of text at any time: they become `note` events, those from before there was a log when it opens."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.sink: Sink | None = None
+        self.step = 0
+
+    def __call__(self, text: str) -> None:
+        """Note a line."""
+        if self.sink is None:
+            self.waiting.append(text)
+        else:
+            self.sink({"event": "note", "step": self.step, "text": text})
+
+    def open(self, sink: Sink, step: int) -> None:
+        """Send what waited, and all that comes, to `sink`, under the number of this step."""
+        self.sink, self.step = sink, step
+        waiting, self.waiting = self.waiting, []
+        for text in waiting:
+            self(text)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from apr.config import TransformerTrainConfig, require
 from apr.errors import DeviceFault, GateError, OutOfMemoryError, Stopped
 from apr.train.base import StepStats
-from apr.train.guards import WINDOW, Verdict, judge_initial, judge_step, judge_val
+from apr.train.guards import WINDOW, Verdict, judge_init, judge_initial, judge_step, judge_val
 from apr.train.log import Event, Sink
 from apr.train.schedule import lr_at
 
@@ -100,14 +100,19 @@ def checkpoint_event(step: int, artifact: dict[str, Any] | None) -> Event:
 
 
 class PretrainLoop:
-    """Runs a training to its end; `emit` takes every event, `stop_requested` is asked after each step."""
+    """Runs a training to its end; `emit` takes every event, `stop_requested` is asked after each step.
+
+    `fresh`: the weights are random. `from_init`: they were given, and must show it before the first step (judge_init)
+    unless `force_init_loss`.
+    """
 
     def __init__(self, config: LoopConfig, train: TransformerTrainConfig, vocab_size: int, fresh: bool, step_fn: StepFn,
                  val_fn: ValFn, checkpoint_fn: CheckpointFn, emit: Sink, stop_requested: Callable[[], str | None],
-                 state: LoopState | None = None) -> None:
+                 state: LoopState | None = None, *, from_init: bool = False, force_init_loss: bool = False) -> None:
         self.config, self.train, self.vocab_size, self.fresh = config, train, vocab_size, fresh
         self.step_fn, self.val_fn, self.checkpoint_fn = step_fn, val_fn, checkpoint_fn
         self.emit, self.stop_requested = emit, stop_requested
+        self.from_init, self.force_init_loss = from_init, force_init_loss
         self.state = state or LoopState()
 
     def run(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class PretrainLoop:
         try:
             if s.initial_val_loss is None:
                 s.initial_val_loss = self._validate(-1)
-                self._require(judge_initial(s.initial_val_loss, self.vocab_size, self.fresh))
+                self._judge_start(s.initial_val_loss)
                 self._save(None)  # a full disk or a wrong permission shows now, not after an epoch
             ended = self._decision(exhausted=False)  # a finished run that is resumed is finished
             while ended is None:
@@ -135,6 +140,16 @@ class PretrainLoop:
         except Stopped as e:
             self._end("STOPPED", str(e))
             raise
+
+    def _judge_start(self, val_loss: float) -> None:
+        self._require(judge_initial(val_loss, self.vocab_size, self.fresh))
+        verdict = judge_init(val_loss, self.vocab_size)
+        if self.from_init and verdict.tripped and self.force_init_loss:
+            self.emit({"event": "note", "step": self.state.step,
+                       "text": f"{verdict.gate} is passed over (--force-init-loss): expected {verdict.expected}, "
+                               f"found {verdict.found}"})
+        elif self.from_init:
+            self._require(verdict)
 
     def _epoch(self) -> tuple[str, str] | None:
         """One epoch, or what is left of it; the run's end as (status, detail), or None to go on."""
@@ -226,8 +241,7 @@ class PretrainLoop:
         if verdict.tripped:
             self.emit({"event": "guard", "step": self.state.step, "gate": verdict.gate, "expected": verdict.expected,
                        "found": verdict.found})
-            raise GateError(f"{verdict.gate} at step {self.state.step}", verdict.expected, verdict.found,
-                            "the run ended here; the last checkpoint is from before this step")
+            raise GateError(f"{verdict.gate} at step {self.state.step}", verdict.expected, verdict.found, verdict.fix)
 
     def _end(self, status: str, detail: str) -> dict[str, Any]:
         s = self.state

@@ -1,0 +1,101 @@
+"""A run's work: steps on its corpus, validation, and what it keeps: checkpoints to resume from, a model an epoch."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from apr.errors import FormatError
+from apr.files import os_errors, write_atomic
+from apr.train import checkpoint
+from apr.train.base import StepStats, Trainer
+from apr.train.corpus import Corpus
+from apr.train.init import InitRecord, save_epoch
+from apr.train.log import RunLog
+from apr.train.pretrain import EpochArtifact, LoopState
+from apr.train.run_config import RunConfig
+from apr.train.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class DataCursor:
+    """Which tokens, and which pass over them. The place within a pass follows from the step."""
+
+    fingerprint: str
+    passes: int
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """state.json: where a run stood at a checkpoint."""
+
+    step: int
+    optimizer_step: int
+    loop: LoopState
+    log_bytes: int
+    artifact: dict[str, Any] | None
+    data: DataCursor
+    parameters_sha256: str
+    optimizer_sha256: str
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def saved_state(found: checkpoint.Checkpoint) -> SavedState:
+    """The state of the run in a checkpoint. Raises FormatError."""
+    try:
+        return msgspec.convert(found.state, SavedState, strict=True)
+    except msgspec.ValidationError as e:
+        raise FormatError(str(found.path / "state.json"), "the state of a run", str(e),
+                          "use another checkpoint") from None
+
+
+class RealRun:
+    """StepFn, ValFn and CheckpointFn over a trainer and a corpus; `record` is of the model that the run began from."""
+
+    def __init__(self, config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path, log: RunLog, passes: int,
+                 record: InitRecord | None = None) -> None:
+        self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
+        self.ckpt_dir, self.record = run_dir / "ckpt", record
+        self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
+
+    def step(self, step: int, lr: float) -> StepStats | None:
+        """Train on the rows of this step: a pure function of seed and step."""
+        t, stream = self.config.train, self.corpus.stream
+        rows = t.batch_size * t.accumulation_steps
+        last = (step + 1) * rows
+        if last > stream.rows_per_epoch and not self.config.allow_shard_cycle:
+            return None
+        if (passes := -(-last // stream.rows_per_epoch)) > self.passes:
+            self.passes = passes
+            self.log({"event": "note", "step": step, "text": f"pass {passes} over the data begins, in a new order"})
+        micro = [stream.batch(step * rows + a * t.batch_size, t.batch_size) for a in range(t.accumulation_steps)]
+        self.trainer.train_batch(micro, lr)
+        return self.trainer.last_stats
+
+    def validate(self, epoch: int) -> float:
+        """Token-weighted mean over all held-out batches."""
+        return self.trainer.eval_batches(self.corpus.heldout)
+
+    def optimizer_state_sha256(self) -> str:
+        """The trainer's. What was fetched for it is kept until it is saved."""
+        self._fetched = self.trainer.snapshot()
+        return self._fetched.optimizer_state_sha256
+
+    def save(self, artifact: EpochArtifact | None, state: LoopState) -> None:
+        """The checkpoint to resume from, and with an artifact the epoch's .apr and metadata; one copy on the host."""
+        fetched, self._fetched = self._fetched, None
+        snapshot = fetched if fetched is not None and artifact is not None else self.trainer.snapshot()
+        model, tokenizer = self.trainer.model, self.corpus.tokenizer
+        if artifact is not None:
+            stem = self.ckpt_dir / f"epoch-{artifact.epoch:03d}"
+            with os_errors(str(self.ckpt_dir)):
+                self.ckpt_dir.mkdir(exist_ok=True)
+            save_epoch(stem.with_suffix(".apr"), model, snapshot, self.config.weights, tokenizer, self.record)
+            write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
+        saved = SavedState(state.step, self.trainer.step, state, self.log.sync(),
+                           asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
+                           snapshot.parameters_sha256, snapshot.optimizer_state_sha256, self.trainer.record())
+        checkpoint.write_checkpoint(self.ckpt_dir, state.step, model, snapshot.params, snapshot.optimizer,
+                                    asdict(saved), tokenizer.json if tokenizer else None)
