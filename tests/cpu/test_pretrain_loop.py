@@ -35,10 +35,10 @@ class Script:
         return "0" * 64
 
 
-def run(script, events, stop=lambda: None, state=None, fresh=False, **loop):
+def run(script, events, stop=lambda: None, state=None, fresh=False, from_init=False, force_init_loss=False, **loop):
     config = LoopConfig(**{"steps_per_epoch": 5, "target_val_loss": 0.5, **loop})
     return PretrainLoop(config, train_config(max_steps=12, warmup_steps=3), VOCAB, fresh, script, script, script,
-                        events.append, stop, state).run()
+                        events.append, stop, state, from_init=from_init, force_init_loss=force_init_loss).run()
 
 
 def test_a_whole_run():
@@ -90,6 +90,33 @@ def test_fresh_weights_must_start_at_ln_v():
     with pytest.raises(GateError, match="EVAL-METHODOLOGY-001"):
         run(Script(vals={-1: 5.0}), [], fresh=True)
     assert run(Script(vals={-1: 6.9}), [], fresh=True)["status"] == "OK"
+
+
+LIMIT = 0.7 * math.log(VOCAB)
+
+
+@pytest.mark.parametrize("val_loss", [LIMIT + 1e-6, 20.0, math.inf, math.nan])
+def test_given_weights_must_be_better_than_scrambled_ones(val_loss):
+    script, events = Script(vals={-1: val_loss}), []
+    gate = "INIT-FINETUNE-003" if math.isfinite(val_loss) else "EVAL-METHODOLOGY-001"
+    with pytest.raises(GateError, match=gate):
+        run(script, events, from_init=True)
+    assert script.rates == [] and script.saved == [] and [e["event"] for e in events] == ["eval", "guard", "end"]
+
+
+def test_given_weights_that_are_good_or_forced_pass():
+    events = []
+    assert run(Script(vals={-1: LIMIT}), events, from_init=True)["status"] == "OK"
+    assert all(e["event"] != "note" for e in events)
+    assert run(Script(vals={-1: LIMIT + 1e-6}), events, from_init=True, force_init_loss=True)["status"] == "OK"
+    assert ["FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003" in e["text"] for e in events if e["event"] == "note"] == [True]
+    with pytest.raises(GateError, match="EVAL-METHODOLOGY-001"):
+        run(Script(vals={-1: math.nan}), [], from_init=True, force_init_loss=True)
+
+
+def test_given_weights_are_judged_once():
+    state = LoopState(step=2, initial_val_loss=LIMIT + 1, losses=[5.0, 5.0], epoch_loss_sum=640.0, epoch_tokens=128)
+    assert run(Script(), [], state=state, from_init=True)["status"] == "OK"
 
 
 @pytest.mark.parametrize("at", [1, 4, 5, 7, 12])
