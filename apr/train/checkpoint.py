@@ -1,6 +1,7 @@
 """Checkpoints that a crash cannot spoil: a folder made under a temporary name, fsynced, then renamed.
 
-    RUN_DIR/ckpt/step-00000100/   config.json model.safetensors tokenizer.json  (together a Hugging Face model folder)
+    RUN_DIR/ckpt/step-00000100/   config.json model.safetensors tokenizer.json  (together a Hugging Face model folder,
+                                                                                 with the maker's other text files)
                                   optimizer.safetensors                         (m.<name>, v.<name>)
                                   state.json                                    (step, loop, data cursor, log position)
                                   manifest.json                                 (size and SHA-256 of each, written last)
@@ -23,10 +24,11 @@ import numpy as np
 from apr.config import TransformerConfig
 from apr.errors import AprError, FormatError, IntegrityError, NotFoundError
 from apr.files import fsync_dir, os_errors, sha256_file, write_durable
-from apr.formats.model_file import check_coverage
+from apr.formats.model_file import TOKENIZER, check_coverage
 from apr.formats.safetensors import encode_header, open_safetensors
+from apr.formats.source import ASSETS
 from apr.formats.tensors import raw_bytes
-from apr.hf_config import from_hf, to_hf
+from apr.hf_config import from_hf, to_hf, with_dtype
 from apr.strict import read_json
 
 STEP = re.compile(r"step-(\d{8})$")
@@ -46,9 +48,11 @@ class Checkpoint:
 
 
 def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, params: Mapping[str, np.ndarray],
-                     optimizer: Mapping[str, np.ndarray], state: Mapping[str, Any], tokenizer_json: str | None) -> Path:
+                     optimizer: Mapping[str, np.ndarray], state: Mapping[str, Any], tokenizer_json: str | None,
+                     hf_config: Mapping[str, Any] | None = None, assets: Mapping[str, str] | None = None) -> Path:
     """Write ckpt_dir/step-N whole and durable, then drop all but the newest KEEP; returns its path.
 
+    `hf_config` and `assets` are what the model's maker gave, to be kept; a tokenizer among them is the one written.
     Raises StorageError, and then the folder is as it was before.
     """
     final = ckpt_dir / f"step-{step:08d}"
@@ -56,9 +60,11 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
     try:
         with os_errors(str(final)):
             temporary.mkdir(parents=True)
-            write_durable(temporary / "config.json", json.dumps(to_hf(config), indent=1).encode())
-            if tokenizer_json is not None:
-                write_durable(temporary / "tokenizer.json", tokenizer_json.encode())
+            values = to_hf(config) if hf_config is None else with_dtype(dict(hf_config), "F32")
+            write_durable(temporary / "config.json", json.dumps(values, indent=1).encode())
+            for name, text in {**({} if tokenizer_json is None else {TOKENIZER: tokenizer_json}),
+                               **(assets or {})}.items():
+                write_durable(temporary / name, text.encode())
             _write_arrays(temporary / "model.safetensors", params)
             _write_arrays(temporary / "optimizer.safetensors", optimizer)
             write_durable(temporary / "state.json", json.dumps(state, indent=1, allow_nan=False).encode())
@@ -120,7 +126,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                           "give a checkpoint that this version of apr wrote")
     files = manifest.get("files")
     needed = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
-    if not isinstance(files, dict) or files.keys() - {"tokenizer.json"} != needed:
+    if not isinstance(files, dict) or files.keys() - {*ASSETS} != needed:
         raise FormatError(where, "files " + ", ".join(sorted(needed)), "others", "use another checkpoint")
     for name, entry in files.items():
         if not isinstance(entry, dict) or not (path / name).is_file():

@@ -84,7 +84,7 @@ def judge_initial(val_loss: float, vocab_size: int, fresh: bool) -> Verdict:
 def judge_init(val_loss: float, vocab_size: int) -> Verdict:
     """The validation loss of weights that a run was given, before the first step. Scrambled ones are near ln V."""
     limit = INIT_SHARE * math.log(vocab_size)
-    if not val_loss <= limit:
+    if not (math.isfinite(val_loss) and val_loss <= limit):
         return Verdict(State.TRIP, "FALSIFY-APR-PRETRAIN-INIT-FINETUNE-003",
                        f"an initial val_loss of at most {INIT_SHARE} ln V = {limit:.4f}", f"{val_loss:.4f}",
                        "check that model, tokenizer and data belong together, or add --force-init-loss")

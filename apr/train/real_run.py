@@ -98,4 +98,6 @@ class RealRun:
                            asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
                            snapshot.parameters_sha256, snapshot.optimizer_state_sha256, self.trainer.record())
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, model, snapshot.params, snapshot.optimizer,
-                                    asdict(saved), tokenizer.json if tokenizer else None)
+                                    asdict(saved), tokenizer.json if tokenizer else None,
+                                    None if self.record is None else self.record.hf_config,
+                                    None if self.record is None else self.record.assets)

@@ -37,7 +37,7 @@ def test_every_upstream_flag_is_there():
     flags = ["dataset", "tokenizer", "run-dir", "mode", "lr", "num-steps", "warmup-steps", "batch-size", "seq-length",
              "steps-per-epoch", "seed", "target-val-loss", "vocab-size", "synthetic", "device", "init",
              "force-under-provisioned", "val-shard", "json", "allow-shard-cycle", "preset", "config", "precision",
-             "grad-accum", "resume", "demo"]
+             "grad-accum", "resume", "demo", "force-init-loss", "weights"]
     text = apr("pretrain", "--help")[1]
     assert [f for f in flags if f"--{f}" not in text] == []
 

@@ -91,6 +91,9 @@ def test_export_of_a_fine_tune_loses_nothing_and_bf16_stays_bf16(base, tmp_path)
         for name, master in saved.params.items():
             assert np.array_equal(source.read(name), master.astype(BF16))
         export_hf(source, tmp_path / "out")
+    with open_model(tmp_path / "run") as source, open_model(base / "maker") as maker:  # the newest checkpoint
+        assert source.assets == maker.assets and set(source.dtypes.values()) == {"F32"}
+        assert source.hf_config == {**maker.hf_config, "torch_dtype": "float32"}
     assert any(not np.array_equal(a, a.astype(BF16).astype(np.float32)) for a in saved.params.values())
     for name in (*TEXTS, "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / "maker" / name).read_bytes()

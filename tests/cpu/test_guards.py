@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apr.train.guards import State, judge_initial, judge_step, judge_val
+from apr.train.guards import State, judge_init, judge_initial, judge_step, judge_val
 
 GOOD = {"loss": 3.0, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_sec": 100.0, "wall_ms": 10.0}
 LN_V = math.log(1000)
@@ -37,6 +37,7 @@ def test_step_trips(change, gate):
 def test_no_non_finite_number_yields_permission(value, field, history, others):
     assert judge_step(**{**dict.fromkeys(GOOD, others), field: value}, history=history).tripped
     assert judge_val(value, others, 1000, others).tripped and judge_initial(value, 1000, True).tripped
+    assert judge_init(value, 1000).tripped
 
 
 @pytest.mark.parametrize(("loss", "fresh", "trips"), [

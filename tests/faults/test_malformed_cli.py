@@ -54,7 +54,8 @@ def arguments(kind, path, folder):
         ids = np.arange(4000, dtype="<u4") % 16
         (folder / "ids.bin").write_bytes(ids.tobytes())
         return ["pretrain", "--init", str(path), "--dataset", str(folder / "ids.bin"), "--run-dir", str(folder / "run"),
-                "--num-steps", "12", "--warmup-steps", "0", "--batch-size", "64", "--seq-length", "16"]
+                "--force-init-loss", "--num-steps", "12", "--warmup-steps", "0", "--batch-size", "64",
+                "--seq-length", "16"]
     if kind == "hf":
         return ["import", str(path), "-o", str(folder / "run")]
     if kind in ("tokenizer", "text"):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from compare import assert_close
+from hf_models import BF16, write_folder
 from models import FAMILIES, random_batch, train_config
 
 from apr.config import IGNORE
@@ -181,6 +182,22 @@ def test_a_saved_model_is_the_trainers_and_builds_another(dev, tmp_path):
     assert not any(state.any() for state in built.optimizer_state().values())
     held = random_batch(1)
     assert built.eval_batch(held) == t.eval_batch(held)
+
+
+def test_a_trainer_from_a_folder_in_bf16(dev, tmp_path):
+    """The folder of a maker gives the same master weights and the same losses as the arrays themselves."""
+    arrays = {k: v.astype(BF16) for k, v in trainer(dev).params.items()}
+    built = build_cuda_trainer_with_init(1e-3, 16, 7, SMALL, write_folder(tmp_path / "m", SMALL, arrays, 3),
+                                         batch_size=4)
+    direct = CudaTransformerTrainer.with_model(SMALL, arrays, built.config, dev)
+    assert built.config.precision == "bf16" and built.step == 0
+    assert all(np.array_equal(built.params[k], v.astype(np.float32)) for k, v in arrays.items())
+    assert not any(state.any() for state in built.optimizer_state().values())  # INIT-009
+    for step in range(3):
+        assert built.train_batch(random_batch(step)) == direct.train_batch(random_batch(step))
+    snapshot = built.snapshot()
+    assert (snapshot.parameters_sha256, snapshot.optimizer_state_sha256) == (
+        direct.parameters_sha256(), direct.optimizer_state_sha256())
 
 
 def test_bad_batches_are_refused(dev):
