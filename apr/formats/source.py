@@ -81,7 +81,7 @@ def check_names(config: TransformerConfig, shapes: Mapping[str, tuple[int, ...]]
 
     The place begins with POPULATE-COVERAGE, or with INIT-ARCH-MATCH-001 where the names are those of another family.
     """
-    if config.L > len(shapes):  # a few bytes can claim thousands of layers, whose table would take its time
+    if len(shapes) < config.L:  # a few bytes can claim thousands of layers, whose table would take its time
         raise FormatError(f"{COVERAGE} {where}", f"the tensors of {config.L} layers", f"{len(shapes)} tensors",
                           "give the file of this model")
     specs, family = {s.name: s.shape for s in param_specs(config)}, config.hf_model_type

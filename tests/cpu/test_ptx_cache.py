@@ -16,7 +16,7 @@ from apr.ops.linear import SPECS as LINEAR
 from apr.ops.rmsnorm import FORWARD, rmsnorm_baked
 from apr.presets import PRESETS, llama3_2_1b, qwen2_0_5b, qwen3_0_6b
 from apr.ptx_cache import PtxCache, arch_of, baked_names, expand
-from apr.registry import KERNELS, inference_variants, variants
+from apr.registry import KERNELS, variants
 
 DECODING = {"decode_linear.cu", "decode_attention.cu", "sampling.cu"}
 
