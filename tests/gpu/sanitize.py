@@ -3,7 +3,7 @@
 The tools run side by side, each with its own process: they take minutes.
 
 Under each tool a process trains, evaluates and scores small models of all families, in float32 and bf16, at lengths of
-1, 17, 127 and 129 and widths that no vector fits. Kernels run one by one; every buffer is an allocation of its own, so
+1, 17, 127 and 129 and widths that no vector fits, and then generates with them. Kernels run one by one; every buffer is an allocation of its own, so
 that memcheck sees the end of each. racecheck looks at shared memory, initcheck at device memory nobody wrote. It cannot
 see what cuBLASLt's bf16 products write with the bulk copy engine, so those buffers are filled with NaN beforehand: what
 is read of them too early shows in the losses.
@@ -51,7 +51,28 @@ def work() -> None:
             if not (math.isfinite(trainer.train_batch(batch)) and math.isfinite(trainer.eval_batch(batch))):
                 raise SystemExit(f"{family} {changes}: a buffer was read before it was written")
         trainer.forward_logits(batch.inputs)
+        generate(dev, model, precision, trainer.params, rng)
         print(f"{precision} {family} {changes}", flush=True)
+
+
+def generate(dev, model, precision, params, rng) -> None:
+    """Two ragged sequences: prompts and decoding steps scored, tokens drawn."""
+    import numpy as np
+    from models import source_of
+
+    from apr.config import Sampling
+    from apr.infer.cuda_engine import CudaEngine
+
+    engine = CudaEngine(source_of(model, params), dev, precision, 2, 160)
+    for name in PRODUCTS if precision == "bf16" else ():
+        if name in engine.arena.arrays:
+            dev.fill(engine.arena[name], 0xFF)
+    prompts = [rng.integers(0, model.V, n).tolist() for n in (131, 17)]
+    if not all(np.isfinite(s).all() for s in engine.scores(prompts, [129, 0])):
+        raise SystemExit(f"{model.hf_model_type}: a buffer was read before it was written")
+    tokens = list(engine.generate(prompts, Sampling(model.V, 0.8, 20, 0.9), 3))
+    if len(tokens) != 3:
+        raise SystemExit(f"{model.hf_model_type}: {len(tokens)} tokens of 3")
 
 
 def main() -> int:
