@@ -3,10 +3,10 @@
 The tools run side by side, each with its own process: they take minutes.
 
 Under each tool a process trains, evaluates and scores small models of all families, in float32 and bf16, at lengths of
-1, 17, 127 and 129 and widths that no vector fits, and then generates with them. Kernels run one by one; every buffer is an allocation of its own, so
-that memcheck sees the end of each. racecheck looks at shared memory, initcheck at device memory nobody wrote. It cannot
-see what cuBLASLt's bf16 products write with the bulk copy engine, so those buffers are filled with NaN beforehand: what
-is read of them too early shows in the losses.
+1, 17, 127 and 129 and widths that no vector fits, and then generates with them. Kernels run one by one; every buffer is
+an allocation of its own, so that memcheck sees the end of each. racecheck looks at shared memory, initcheck at device
+memory nobody wrote. It cannot see what cuBLASLt's bf16 products write with the bulk copy engine, so those buffers are
+filled with NaN beforehand: what is read of them too early shows in the losses.
 """
 
 import dataclasses
