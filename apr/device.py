@@ -20,7 +20,6 @@ from apr.kernel import DEVICE_DTYPES, Baked, KernelSpec
 from apr.ptx_cache import PtxCache, arch_of
 
 REMEMBERED = 8  # kernels that a fault names
-MINIMUM = (8, 0)  # bf16 conversions, cp.async and mma of bf16 need it
 
 
 class Device:
@@ -31,15 +30,11 @@ class Device:
 
     def __init__(self, ordinal: int = 0, folder: Path | None = None, warn: Callable[[str], None] | None = None) -> None:
         found = driver.probe()
-        if not found.present or ordinal >= len(found.devices):
-            raise UnavailableError(f"GATE-GPUTRAIN-002 cuda:{ordinal}", "a GPU that can be used",
-                                   found.problem or f"{len(found.devices)} GPUs",
+        if problems := driver.cuda_problems(found, ordinal):
+            raise UnavailableError(f"GATE-GPUTRAIN-002 cuda:{ordinal}", "a GPU that can be used", "; ".join(problems),
                                    "see 'apr doctor', or use --device cpu")
         info = found.devices[ordinal]
         self.ordinal, self.name, self.capability = ordinal, info.name, info.capability
-        if self.capability < MINIMUM:
-            raise UnavailableError(f"cuda:{ordinal} ({self.name})", "compute capability 8.0 or more",
-                                   ".".join(map(str, self.capability)), "use a newer GPU, or --device cpu")
         self.cupy = driver.import_cupy()
         self.sync_launches = paths.environment().get("APR_SYNC") == "1"
         self.recent: deque[str] = deque(maxlen=REMEMBERED)

@@ -1,6 +1,6 @@
 """Attention of one new token per sequence over the cache, beside scaled_dot_product_attention over the same cache.
 
-Ours also turns the new queries and keys, and puts keys and values into the cache; the peer finds them there, its
+Ours also turns the new queries and keys, and puts keys and values into the cache; the peer finds them there, and its
 queries ready. A context is the tokens attended to, the new one included.
 """
 

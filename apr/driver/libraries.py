@@ -24,7 +24,7 @@ LIBRARIES = {("nvrtc", 12): ("cuda_nvrtc/lib/libnvrtc.so.12", "nvidia-cuda-nvrtc
              ("cublasLt", 12): ("cublas/lib/libcublasLt.so.12", "nvidia-cublas-cu12"),
              ("cublasLt", 13): ("cu13/lib/libcublasLt.so.13", "nvidia-cublas")}
 LOADED = re.compile(r"(libcuda|libnvrtc|libcudart|libcublas|libcublasLt)\.so(\.|$)")
-MINIMUM = (8, 0)  # bf16 and the kernels' cp.async need sm_80
+MINIMUM = (8, 0)  # bf16 conversions, cp.async and mma of bf16 need sm_80
 
 
 def cupy_distributions() -> dict[str, str]:
@@ -114,7 +114,7 @@ def cuda_problems(info: DriverInfo, ordinal: int = 0) -> list[str]:
     elif info.present and info.devices[ordinal].capability < MINIMUM:
         device = info.devices[ordinal]
         problems.append(f"{device.name} has compute capability {'.'.join(map(str, device.capability))}, "
-                        "and 8.0 is needed")
+                        f"and {'.'.join(map(str, MINIMUM))} is needed")
     if fault := _cupy_problem():
         return [*problems, fault]
     major = cupy_major()

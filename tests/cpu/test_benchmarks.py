@@ -20,6 +20,7 @@ from apr.device import Device
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_all  # noqa: E402
+import bench_decode  # noqa: E402
 import bench_step  # noqa: E402
 import harness  # noqa: E402
 
@@ -280,7 +281,7 @@ def test_rows_of_whole_steps_stay_under_their_columns(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "nvidia-h200").glob("*.csv")),
                          ids=lambda p: p.stem)
 def test_kept_rows_have_the_columns_of_today(path):
-    columns = bench_step.COLUMNS if path.stem == "step" else harness.COLUMNS
+    columns = {"step": bench_step.COLUMNS, "decode": bench_decode.COLUMNS}.get(path.stem, harness.COLUMNS)
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     assert tuple(rows[0]) == columns and len(rows) > 1 and all(len(row) == len(columns) for row in rows)

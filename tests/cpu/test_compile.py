@@ -32,6 +32,8 @@ STACK = {
     "attention_backward_dkv": 16,  # HS = 128 needs all 255 registers
     "attention_backward_dq": 40,
     "rmsnorm_backward": 16,  # two vectors of a row in 48 registers
+    # f32, eight inputs of Llama 3.2's width: the compiler holds itself to 64 registers; fewer rows would cost more
+    "decode_qkv": 8, "decode_gate_up": 8, "decode_head": 8,
     "sample": 8,  # a block of 1024 threads has 64 registers each, and the compiler stops at 32
 }
 LAUNCHED: dict[str, set[str]] = {}  # entries of each key that are launched: decoding compiles four and runs one
