@@ -114,7 +114,8 @@ def test_every_plan_gives_its_rows_under_the_columns(bench, tmp_path, capsys):
     assert float(step["roof_tok_s"]) == pytest.approx(roof, rel=1e-4)
     assert float(step["of_roof"]) == pytest.approx(1000 / roof, rel=1e-4)
     eight = next(r for r in rows if r["batch"] == "8")
-    assert eight["tok_s"] == "8000" and float(eight["of_roof"]) * float(eight["roof_tok_s"]) == pytest.approx(8000, 1e-3)
+    assert eight["tok_s"] == "8000"
+    assert float(eight["of_roof"]) * float(eight["roof_tok_s"]) == pytest.approx(8000, 1e-3)
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(bench, tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apr.buffers import LOGITS_BYTES, PARTS, SIZES, WORKSPACE, BufferSpec, logits_rows, plan, table
+from apr.buffers import LOGITS_BYTES, PARTS, SIZES, WORKSPACE, BufferSpec, inference_plan, logits_rows, plan, table
 from apr.errors import ConfigError
 from apr.params import layout
 from apr.presets import PRESETS, llama3_2_1b, llama_370m, qwen2_0_5b, qwen3_0_6b, tiny
@@ -105,6 +105,40 @@ def test_head_norms_keep_what_they_normalised():
     assert with_["head_rstd"].shape == (28, 16, 24) and with_["head_rstd"].dtype == "f32"
     assert not {"qkv_raw", "head_rstd"} & set(without)
     assert with_["partial"].shape == (PARTS, 4096) and without["partial"].shape == (PARTS, 1152)
+
+
+def test_the_numbers_of_generating_with_qwen2_0_5b():
+    """8 sequences of 2048 tokens, bf16; 38,000 blocks in the head, 9000 elements of attention's scratch."""
+    p = inference_plan(qwen2_0_5b, 8, 2048, "bf16", 38_000, 9000)
+    b, parameters, s = by_name(p), 494_032_768, 2048
+    assert p.by_role() == {
+        "params": 2 * parameters, "kv": 2 * 2 * 24 * 8 * 2 * s * 64,
+        "acts": s * (2 * (3 * 896 + 1152 + 896 + 2 * 4864 + 896) + 4 * (3 + 14)),  # of one layer
+        "scratch": s * 2 * (2 * 896 + 4864 + 1152) + 128 * 151936 * 2 + 2 * s * 32 * 4 + WORKSPACE
+        + 8 * 4 * (1152 + 896 + 4864 + 151936 + 2 * 38_000) + 4 * 9000,
+        "inputs": 4 * s + 5 * 8 + 2 * 8, "state": 8 * 4 * (896 + 14 + 3)}
+    assert b["k_cache"].shape == b["v_cache"].shape == (24, 8, 2, 2048, 64) and b["k_cache"].dtype == "bf16"
+    assert b["logits_buf"].shape == (128, 151936) and p.rows == 128 and p.what == "generation"
+    assert not {"master", "grads", "m", "v", "targets", "losses", "delta", "datty"} & set(b)
+    assert b["scores"].dtype == b["x"].dtype == "f32" and b["best_id"].dtype == b["ticket"].dtype == "i32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [qwen3_0_6b, llama_370m, tiny], ids=lambda c: c.hf_model_type)
+def test_a_plan_of_generation_shares_no_memory_and_names_nothing_twice(config, precision):
+    p = inference_plan(config, 4, 100, precision, 10, 20)
+    assert [x.name for x in p.buffers if x.alias] == [] and len(by_name(p)) == len(p.buffers)
+    assert sum(p.by_role().values()) == sum(x.bytes for x in p.buffers) <= p.bytes
+    assert by_name(p)["params"].dtype == by_name(p)["v_cache"].dtype == {"fp32": "f32", "bf16": "bf16"}[precision]
+    assert by_name(p)["residual"].shape[0] == 3 and by_name(p)["qkv"].shape[0] == 1  # one layer at a time
+    assert ("qkv_raw" in by_name(p)) == config.qk_norm and by_name(p)["logits_buf"].shape == (100, config.Vp)
+
+
+@pytest.mark.parametrize("S", [0, -1, 513])
+def test_a_context_beyond_the_positions_is_refused(S):
+    with pytest.raises(ConfigError, match=r"context: expected 1 to max_position_embeddings \(512\)"):
+        inference_plan(tiny, 1, S, "bf16", 1, 1)
+    assert inference_plan(tiny, 1, 512, "bf16", 1, 1).T == 512 and inference_plan(tiny, 1, 1, "bf16", 1, 1).rows == 1
 
 
 @pytest.mark.parametrize(("rows", "row_bytes", "expected"), [

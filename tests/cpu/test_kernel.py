@@ -28,10 +28,11 @@ class Array:
 @pytest.fixture
 def launched(monkeypatch):
     """The launches that the driver was asked for; `code` is its answer."""
-    state = SimpleNamespace(calls=[], code=0, shared=[])
+    state = SimpleNamespace(calls=[], options=[], code=0, shared=[])
 
     def launch(function, grid, block, shared, stream, values, **options):
         state.calls.append((function, grid, block, shared, stream, list(values)))
+        state.options.append(options)
         return state.code
 
     monkeypatch.setattr(driver, "launch", launch)
@@ -79,6 +80,13 @@ def test_an_argument_that_does_not_fit_is_named_and_nothing_is_launched(launched
         launch((good() | {name: value}).values())
     assert f"argument {name}:" in str(caught.value) and KEY in str(caught.value)
     assert [w for w in words if w not in str(caught.value)] == [] and launched.calls == []
+
+
+def test_only_who_says_so_may_start_before_its_predecessor_has_ended(launched):
+    launch(good().values())
+    launch(good().values(), programmatic=True)
+    launch(good().values(), programmatic=False)
+    assert [options["programmatic"] for options in launched.options] == [False, True, False]
 
 
 def test_every_argument_in_its_order(launched):

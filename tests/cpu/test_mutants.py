@@ -1,4 +1,4 @@
-"""Every falsifier of the contracts, executed: the mutant goes into a copy of the code, and its named test must go red."""
+"""Every falsifier of the contracts, executed: the mutant goes into a copy of the code, its named test must go red."""
 
 from pathlib import Path
 
