@@ -1,4 +1,4 @@
-// decode_attention.cu - one new token per sequence: its keys and values enter the cache, its queries attend to all of it.
+// decode_attention.cu - a new token per sequence: its keys and values enter the cache, its queries attend to all of it.
 //
 // MATH      q, k = rope(head_norm(q, k)) at position p = pos_b     (head_norm for Qwen3 only: x * rstd * weight)
 //           cache_p = k, v                out_h = sum_{t <= p} softmax_t(scale * q_h · k_t) v_t,  k, v of head h / G
@@ -6,25 +6,25 @@
 //           acc = sum exp(score - m) v; the block that ends last joins them: out = sum e^(m-M) acc / sum e^(m-M) l.
 // SOURCE    Dao et al. 2023, flash-decoding; Milakov & Gimelshein 2018 (online softmax), arXiv:1805.02867
 // SHAPES    qkv (B, QKV) f32   out (B, NH*HS) f32   k_cache, v_cache (B, NKV, S, HS) floatX   cos, sin (S, HS/2) f32
-//           q_weight, k_weight (HS,) floatX   pos (B,) i32   partial (B, NKV, PARTS, SPLITS, HEADS, HS+2) f32
-//           ticket (B, NKV, PARTS) i32, PARTS = ceil(G / HEADS): the query heads of a key head go in parts of HEADS
+//           q_weight, k_weight (HS,) floatX   pos (B,) i32   partial (B, NKV, SHARES, SPLITS, HEADS, HS+2) f32
+//           ticket (B, NKV, SHARES) i32, SHARES = ceil(G / HEADS): the query heads of a key head go by HEADS
 //           append: qkv (T, QKV) floatX, its heads turned already; k_cache, v_cache (NKV, S, HS) of one sequence
 // WRITES    out =, k_cache = and v_cache = at position pos; partial scratch; ticket must be 0 and is 0 afterwards
 //           append: positions 0 .. T-1 of k_cache = and v_cache =
 // BAKED     HS, NH, NKV, HEADS (<= G), SPLITS, EPS, QK_NORM (0 or 1), FLOATX      RUNTIME  S, T, scale
-// LAUNCH    decode_attention  grid (SPLITS, NKV * PARTS, B) block (256)
+// LAUNCH    decode_attention  grid (SPLITS, NKV * SHARES, B) block (256)
 //           kv_cache_append   grid (ceil(2 * T*NKV*HS/W / 256)) block (256)
-// MEMORY    2 T NKV HS s bytes per sequence, PARTS times (from L2 but the first); s = bytes of floatX
+// MEMORY    2 T NKV HS s bytes per sequence, SHARES times (from L2 but the first); s = bytes of floatX
 // FLOPS     4 T NH HS per sequence: bandwidth bound, and latency bound when short
-// NUMERICS  sums in float; keys and values are rounded to floatX as the cache holds them; a key's group and the order of
-//           joining depend on T alone, not on B: a sequence has the same bits alone and in a batch. The ticket says who
-//           joins, not in which order. bf16: fast exponentials, 2 ulp of a float
-//           What is read before wait_for_previous (pos, the older tokens' keys and values) must have been there before the
-//           step's first kernel: that one is launched without let_next_start's help
+// NUMERICS  sums in float; keys and values are rounded to floatX as the cache holds them; a key's group and the order
+//           of joining depend on T alone, not on B: a sequence has the same bits alone and in a batch. The ticket says
+//           who joins, not in which order. bf16: fast exponentials, 2 ulp of a float. What is read before
+//           wait_for_previous (pos, the older tokens' keys and values) was there before the step's first kernel, which
+//           starts when everything before it has ended
 // CONTRACT  contracts/decode_attention-v1.yaml      REFERENCE  apr/reference/attention.py, rope.py, rmsnorm.py
 #include "common.cuh"
 constexpr int HS = K_HS, NH = K_NH, NKV = K_NKV, SPLITS = K_SPLITS, G = NH / NKV, QKV = (NH + 2 * NKV) * HS;
-constexpr int HEADS = K_HEADS, PARTS = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 256, WARPS = BLOCK / 32;
+constexpr int HEADS = K_HEADS, SHARES = (G + HEADS - 1) / HEADS, HALF = HS / 2, BLOCK = 256, WARPS = BLOCK / 32;
 constexpr int W = vector_width(HS), VECTORS = HS / W;
 __host__ __device__ constexpr int lanes(int n) { return n <= 1 ? 1 : 2 * lanes((n + 1) / 2); }
 constexpr int LANES = lanes(VECTORS);                    // lanes that share a key: a power of two
@@ -78,9 +78,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
     const f32* __restrict__ sin, const i32* pos_of, i32 S, f32 scale) {
     __shared__ float query[HEADS][HS], merged[WARPS][HEADS][HS + 2], key[HS], factor[SPLITS][HEADS];
     __shared__ int last;
-    const int split = blockIdx.x, kv = blockIdx.y / PARTS, part = blockIdx.y % PARTS, b = blockIdx.z;
+    const int split = blockIdx.x, kv = blockIdx.y / SHARES, share = blockIdx.y % SHARES, b = blockIdx.z;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, lane_in = lane % LANES;
-    const int heads = G - part * HEADS < HEADS ? G - part * HEADS : HEADS;
+    const int heads = G - share * HEADS < HEADS ? G - share * HEADS : HEADS;
     const bool used = lane_in < VECTORS;
     const int pos = pos_of[b], T = pos + 1;
     const int even = (T + SPLITS - 1) / SPLITS, chunk = even > SHORTEST ? even : SHORTEST;
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
     const bool owner = end == T;  // of the new position; each part writes the same bits there
     for (int h = warp; h < heads + owner; h += WARPS)
         if (h < heads)
-            turned(query[h], row + (kv * G + part * HEADS + h) * HS, q_weight, cos, sin, pos);
+            turned(query[h], row + (kv * G + share * HEADS + h) * HS, q_weight, cos, sin, pos);
         else
             turned(key, row + (NH + kv) * HS, k_weight, cos, sin, pos);
     __syncthreads();
@@ -190,9 +190,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) decode_attention(
     }
     __syncthreads();
 
-    const i64 place = ((i64)b * NKV + kv) * PARTS + part;
+    const i64 place = ((i64)b * NKV + kv) * SHARES + share;
     f32* mine = partial + (place * SPLITS + split) * HEADS * (HS + 2);
-    f32* result = out + ((i64)b * NH + kv * G + part * HEADS) * HS;
+    f32* result = out + ((i64)b * NH + kv * G + share * HEADS) * HS;
     for (int i = threadIdx.x; i < heads * HS; i += BLOCK) {
         const int h = i / HS, c = i % HS;
         float top = NONE, sum = 0.0f, total = 0.0f;

@@ -1,8 +1,8 @@
 // sampling.cu - the next token of each sequence, chosen on the device; and the start of the next step: its embedding.
 //
 // MATH      sample   at temperature 0 the first id of the largest score below vocab; else
-//                    w_i = floor(2^30 exp((score_i - max) / temperature)); kept: the top_k largest scores, then of those
-//                    the fewest, largest first, that hold top_p of the weight (equal scores stay together);
+//                    w_i = floor(2^30 exp((score_i - max) / temperature)); kept: the top_k largest scores, then of
+//                    those the fewest, largest first, that hold top_p of the weight (equal scores stay together);
 //                    r = (u * sum of kept w) >> 64, u 64 random bits; the first id whose running sum exceeds r
 //           embed    x_b = matrix[token_b]
 //           u is Philox4x32-10 of key seed, counter (position, sequence, 0, 0): a pure function, like everything here
@@ -17,8 +17,8 @@
 // LAUNCH    sample, embed  grid (B) block (1024)
 // MEMORY    8 B BESTS bytes; where it draws, 4 B V bytes 2 to 11 times, from L2
 // FLOPS     sample 2 exponentials per score and pass: latency bound
-// NUMERICS  weights are integers, so their sums are exact in any order. exp is of float: a last bit that differs from the
-//           CPU's can move a weight by one in 2^30
+// NUMERICS  weights are integers, so their sums are exact in any order. exp is of float: a last bit that differs from
+//           the CPU's can move a weight by one in 2^30
 // CONTRACT  contracts/sampling-v1.yaml      REFERENCE  apr/reference/sampling.py
 #include "common.cuh"
 using u64 = unsigned long long;
@@ -110,7 +110,8 @@ __device__ __forceinline__ u64 total_of(u64 x) {
     return total;
 }
 
-// Which of a warp's lanes, each with a sum, holds number `rest` of what they count in turn; `rest` becomes its number there.
+// Which of a warp's lanes, each with a sum, holds number `rest` of what they count in turn; `rest` becomes its number
+// there.
 __device__ __forceinline__ int lane_with(u64 sum, u64& rest) {
     const int lane = threadIdx.x % 32;
     u64 running = sum;

@@ -32,17 +32,17 @@ def decode_attention_baked(c: TransformerConfig, storage: str) -> Baked:
 
 def splits(c: TransformerConfig) -> int:
     """Blocks that share the keys of a long sequence: together about as many as the GPU runs at once."""
-    return min(64, max(8, 128 // (c.NKV * parts(c))))
+    return min(64, max(8, 128 // (c.NKV * shares(c))))
 
 
-def parts(c: TransformerConfig) -> int:
+def shares(c: TransformerConfig) -> int:
     """Blocks that share the query heads of a key head."""
     return blocks(c.G, HEADS)
 
 
 def partial_size(c: TransformerConfig, B: int) -> int:
     """Elements of `partial`."""
-    return B * c.NKV * parts(c) * splits(c) * min(c.G, HEADS) * (c.HS + 2)
+    return B * c.NKV * shares(c) * splits(c) * min(c.G, HEADS) * (c.HS + 2)
 
 
 def decode_attention(dev: Device, out: Any, partial: Any, ticket: Any, k_cache: Any, v_cache: Any, qkv: Any,
@@ -51,10 +51,10 @@ def decode_attention(dev: Device, out: Any, partial: Any, ticket: Any, k_cache: 
     """out (B, NH*HS) f32 = attention of qkv (B, QKV) f32, at pos (B,) i32, over k_cache, v_cache (B, NKV, S, HS).
 
     The new keys (normalised and turned here, as the queries are) and values enter the caches at pos. q_weight, k_weight
-    (HS,) for Qwen3, else None; partial (partial_size,) f32 is scratch; ticket (B, NKV, parts) i32 starts as 0.
+    (HS,) for Qwen3, else None; partial (partial_size,) f32 is scratch; ticket (B, NKV, shares) i32 starts as 0.
     """
     c = config
-    dev.launch(ATTENTION, decode_attention_baked(c, floatx(k_cache)), (splits(c), c.NKV * parts(c), qkv.shape[0]),
+    dev.launch(ATTENTION, decode_attention_baked(c, floatx(k_cache)), (splits(c), c.NKV * shares(c), qkv.shape[0]),
                (256,), (out, partial, ticket, k_cache, v_cache, qkv, q_weight, k_weight, cos, sin, pos,
                         np.int32(k_cache.shape[-2]), np.float32(scale)), programmatic=True)
 

@@ -55,4 +55,4 @@ def choose_device(asked: str | None, find: Callable[[], DriverInfo] = probe) -> 
     device = info.devices[ordinal]
     if word == "auto":
         print(f"device: cuda:{ordinal} ({device.name}, driver {info.driver_version})", file=sys.stderr)
-    return Choice("cuda", ordinal, "bf16" if device.capability >= (8, 0) else "fp32")
+    return Choice("cuda", ordinal, "bf16")

@@ -168,6 +168,7 @@ FILES = {"empty.txt": b"\n \n", "bad.txt": b"fine\nnot \xff\n", "bad.jsonl": b'{
     (["small.apr", "x"], 4, "at most 97 ids"),
     (["bare.apr", "x"], 4, "put tokenizer.json beside"),
     (["none.apr", "x"], 3, "none.apr"),
+    (["gemma", "x"], 2, "model_type: expected one of llama"),
     (["plain.apr", "x", "--stop", ""], 2, "--stop"),
     (["plain.apr", "x", "--temperature", "-1"], 2, "--temperature"),
     (["plain.apr", "x", "--temperature", "nan"], 2, "--temperature"),
@@ -198,6 +199,8 @@ FILES = {"empty.txt": b"\n \n", "bad.txt": b"fine\nnot \xff\n", "bad.jsonl": b'{
 def test_refusals_are_one_line_with_the_right_code(folder, monkeypatch, arguments, code, says):
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
+    (folder / "gemma").mkdir(exist_ok=True)
+    (folder / "gemma" / "config.json").write_text('{"model_type": "gemma2"}')
     monkeypatch.chdir(folder)
     done = subprocess.run([sys.executable, "-m", "apr", "run", *arguments], input=b"", capture_output=True, timeout=60,
                           env={**ENV, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}, check=False)

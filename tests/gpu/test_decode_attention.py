@@ -13,7 +13,7 @@ from apr.reference.attention import attention_forward
 from apr.reference.rmsnorm import rmsnorm_forward
 from apr.reference.rope import rope_forward, rope_tables
 
-# NH, NKV, HS, head norm: Qwen2-0.5B's 7:1; one head per key; 12:1, in two parts; odd sizes; the largest head
+# NH, NKV, HS, head norm: Qwen2-0.5B's 7:1; one head per key; 12:1, in three shares; odd sizes; the largest head
 MODELS = [(14, 2, 64, False), (4, 4, 128, False), (12, 1, 32, False), (3, 1, 10, False), (8, 2, 80, True),
           (2, 1, 128, True)]
 LENGTHS = [1, 2, 31, 33, 64, 129, 600, 2050]

@@ -39,7 +39,7 @@ def prompt(seed, length, vocab=307):
 @pytest.mark.parametrize("name", list(MODELS))
 def test_prefill_then_cached_decoding_equals_the_full_forward(dev, name, precision):
     engine, config, params = engine_of(dev, name, precision)
-    for length, cached in ((1, 1), (2, 1), (31, 17), (64, 63), (600, 560), (600, 600), (130, 1)):
+    for length, cached in ((1, 1), (2, 1), (31, 17), (64, 63), (600, 560), (600, 600), (600, 0)):
         ids = prompt(length, length)
         got, = engine.scores([ids], [cached])
         truth = model_forward(params, config, np.array([ids]))[0]
