@@ -7,6 +7,7 @@
     ├── GateError                 5   measured and disproven: gate, guard, parity, contract
     ├── IntegrityError            6   checksum or hash differs
     ├── StorageError              7   read or write failed: disk full, no permission, I/O
+    ├── InferenceError            8   generation that cannot go on: scores that are not numbers
     ├── UnavailableError          9   device or feature not here (never a silent fallback)
     ├── DeviceFault              10   CUDA error that ends the process: illegal address, lost device
     ├── OutOfMemoryError         11   host or device memory
@@ -59,6 +60,10 @@ class IntegrityError(AprError):
 
 class StorageError(AprError):
     exit_code = 7
+
+
+class InferenceError(AprError):
+    exit_code = 8
 
 
 class UnavailableError(AprError):

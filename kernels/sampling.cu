@@ -11,7 +11,8 @@
 //           x (B, C) f32   token, pos, step (B,) i32   tokens (LIMIT, B) i32, on the host
 //           settings (5,) i64: vocab, seed, number of the first sequence, top_k (0: all), LIMIT;
 //           odds (2,) f64: 1 / temperature (0 for temperature 0), top_p
-// WRITES    token =, pos += 1, step += 1, tokens[step] = (-2: a score was not a number), x = the token's embedding
+// WRITES    token =, pos += 1, step += 1, x = the token's embedding, tokens[step] = the token, or -2 where a score is not
+//           a number, or the largest is infinite
 //           embed: x = the embedding of token
 // BAKED     B, BESTS, C, V, FLOATX
 // LAUNCH    sample, embed  grid (B) block (1024)
@@ -214,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sample(
     wait_for_previous();
     float top;
     int chosen = largest(best_score, best_id, top);
+    if (chosen >= 0 && top - top != 0.0f) chosen = -2;  // infinite
     if (odds[0] > 0.0 && chosen >= 0) {
         const f32* logits = all_logits + (i64)blockIdx.x * V;
         const int vocab = settings[VOCAB] < V ? settings[VOCAB] : V;

@@ -19,7 +19,7 @@ from apr.config import Sampling
 from apr.decode import Decoder
 from apr.device import Device
 from apr.dtypes import BY_NAME
-from apr.errors import AprError, ConfigError
+from apr.errors import AprError, ConfigError, InferenceError
 from apr.formats.source import ModelSource
 from apr.formats.tensors import raw_bytes
 from apr.gemm import Gemm
@@ -119,7 +119,7 @@ class CudaEngine(Engine):
                     raise AprError(f"decoding step {step}", "a token", "none, and the GPU is idle", "report this")
                 patience = time.monotonic() + SILENCE
         if bool((row == NOT_A_NUMBER).any()):
-            raise AprError(f"decoding step {step}", "scores that are numbers", "NaN",
+            raise InferenceError(f"decoding step {step}", "scores that are numbers, the largest finite", "others",
                            "the weights overflow in this precision: try --precision fp32, or --device cpu")
         return row.copy()
 

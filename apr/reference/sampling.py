@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from apr.config import Sampling
-from apr.errors import ShapeError
+from apr.errors import InferenceError, ShapeError
 
 WORD = 2**32 - 1
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -41,8 +41,8 @@ def choose(scores: np.ndarray, sampling: Sampling, sequence: int, position: int)
     """The token at `position` of a sequence: scores (V,) float32 to an id below sampling.vocab.
 
     sequence is sampling.first + the row in the batch; position counts from the sequence's first token, so that the one
-    that follows a prompt of n tokens is at n. Raises ShapeError for other shapes, for a score that is NaN and where the
-    largest is infinite.
+    that follows a prompt of n tokens is at n. Raises ShapeError for other shapes, InferenceError for a score that is NaN
+    and where the largest is infinite.
     """
     if scores.ndim != 1 or scores.dtype != np.float32 or not 1 <= sampling.vocab <= scores.size:
         raise ShapeError("scores (V,)", f"float32, V at least the vocabulary of {sampling.vocab}",
@@ -50,7 +50,7 @@ def choose(scores: np.ndarray, sampling: Sampling, sequence: int, position: int)
     real = scores[:sampling.vocab]
     best = int(real.argmax())  # NaN counts as the largest here
     if not math.isfinite(real[best]):
-        raise ShapeError(f"scores at position {position}", "numbers, the largest of them finite",
+        raise InferenceError(f"scores at position {position}", "numbers, the largest of them finite",
                          f"{real[best]} at id {best}", "the model is damaged: see 'apr inspect'")
     if sampling.temperature == 0:
         return best

@@ -73,10 +73,11 @@ def test_sampling_chooses_the_references_token(f32, rng, size, settings):
 
 
 def test_sampling_says_where_a_score_is_not_a_number(f32, rng):
-    scores = rng.standard_normal((2, 300)).astype(np.float32)
-    scores[1, 77] = np.nan
-    case = Case(f32, rng, scores, Sampling(300), 20)
-    assert f32.dev.download(case.tokens)[2].tolist() == [scores[0].argmax(), -2]
+    for temperature in (0.0, 1.0):
+        scores = rng.standard_normal((4, 300)).astype(np.float32)
+        scores[0, 7], scores[1, 77], scores[2, 99], scores[3] = 1000, np.nan, np.inf, -np.inf
+        case = Case(f32, rng, scores, Sampling(300, temperature), 20)
+        assert f32.dev.download(case.tokens)[2].tolist() == [7, -2, -2, -2]
 
 
 def test_sampling_writes_no_token_beyond_the_limit(f32, rng):
