@@ -11,8 +11,8 @@
 //           x (B, C) f32   token, pos, step (B,) i32   tokens (LIMIT, B) i32, on the host
 //           settings (5,) i64: vocab, seed, number of the first sequence, top_k (0: all), LIMIT;
 //           odds (2,) f64: 1 / temperature (0 for temperature 0), top_p
-// WRITES    token =, pos += 1, step += 1, x = the token's embedding, tokens[step] = the token, or -2 where a score is not
-//           a number, or the largest is infinite
+// WRITES    token =, pos += 1, step += 1, x = the token's embedding, tokens[step] = the token, or -2 where a score is
+//           not a number or the largest is infinite
 //           embed: x = the embedding of token
 // BAKED     B, BESTS, C, V, FLOATX
 // LAUNCH    sample, embed  grid (B) block (1024)
@@ -24,6 +24,7 @@
 #include "common.cuh"
 using u64 = unsigned long long;
 constexpr int B = K_B, BESTS = K_BESTS, C = K_C, V = K_V, BLOCK = 1024, WARPS = BLOCK / 32, BINS = 2048;
+constexpr float NONE = -3.4e38f;  // a score that weighs nothing
 constexpr int CHUNK = ((V + BLOCK - 1) / BLOCK + 31) / 32 * 32, CHUNKS = (V + CHUNK - 1) / CHUNK;
 enum { VOCAB, SEED, FIRST, TOP_K, LIMIT };
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ int largest(const f32* best_score, const i32* best_id
     return id;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) embed(
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) embed(
     f32* __restrict__ x, const i32* token, const floatX* __restrict__ matrix) {
     let_next_start();
     wait_for_previous();
@@ -97,6 +98,20 @@ __device__ __forceinline__ u32 ordered(float x) {
 
 __device__ __forceinline__ u64 weight_of(float score, float top, float inverse) {
     return (u64)(expf((score - top) * inverse) * 1073741824.0f);
+}
+
+// use(score) for each score of the thread's share: several are on their way at a time, since L2 is far.
+template <typename Use>
+__device__ __forceinline__ void for_scores(const f32* logits, int vocab, const Use& use) {
+    constexpr int AT_ONCE = 8;
+    for (int first = threadIdx.x; first < vocab; first += BLOCK * AT_ONCE) {
+        float score[AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) score[u] = first + u * BLOCK < vocab ? logits[first + u * BLOCK] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+            if (first + u * BLOCK < vocab) use(score[u]);
+    }
 }
 
 // Sum over the block, in every thread.
@@ -142,15 +157,14 @@ __device__ __forceinline__ u32 threshold(u32 (&bins)[3][BINS], const f32* logits
         for (int i = threadIdx.x; i < 3 * BINS; i += BLOCK) bins[0][i] = 0;
         __syncthreads();
         const u32 known = shift == 21 ? 0u : shift == 10 ? ~0u << 21 : ~0u << 10, digit = shift == 0 ? 1023 : 2047;
-        for (int i = threadIdx.x; i < vocab; i += BLOCK) {
-            const float score = logits[i];
+        for_scores(logits, vocab, [&](float score) {
             const u32 key = ordered(score);
-            if (key < least || (key & known) != prefix) continue;
+            if (key < least || (key & known) != prefix) return;
             const u32 bin = key >> shift & digit, w = MASS ? (u32)weight_of(score, top, inverse) : 1;
             if (w & 16383) atomicAdd(&bins[0][bin], w & 16383);
             if (w >> 14) atomicAdd(&bins[1][bin], w >> 14 & 16383);
             if (w >> 28) atomicAdd(&bins[2][bin], w >> 28);
-        }
+        });
         __syncthreads();
         if (threadIdx.x < 32) {
             u64 sum = 0;
@@ -174,14 +188,20 @@ __device__ __forceinline__ int draw(const f32* logits, int vocab, float top, flo
     __shared__ u64 sums[BLOCK];
     __shared__ int found;
     const int lane = threadIdx.x % 32;
-    const auto weight = [&](int i) {
-        return i < vocab && ordered(logits[i]) >= least ? weight_of(logits[i], top, inverse) : 0;
-    };
+    const auto weight_in = [&](float score) { return ordered(score) >= least ? weight_of(score, top, inverse) : 0; };
+    const auto weight = [&](int i) { return i < vocab ? weight_in(logits[i]) : 0; };
     sums[threadIdx.x] = 0;
     __syncthreads();
     for (int c = threadIdx.x / 32; c < CHUNKS; c += WARPS) {
+        float score[CHUNK / 32];
         u64 sum = 0;
-        for (int i = lane; i < CHUNK; i += 32) sum += weight(c * CHUNK + i);
+#pragma unroll
+        for (int e = 0; e < CHUNK / 32; e++) {
+            const int i = c * CHUNK + e * 32 + lane;
+            score[e] = i < vocab ? logits[i] : NONE;
+        }
+#pragma unroll
+        for (int e = 0; e < CHUNK / 32; e++) sum += weight_in(score[e]);
         for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, apart);
         if (lane == 0) sums[c] = sum;
     }
@@ -207,7 +227,7 @@ __device__ __forceinline__ int draw(const f32* logits, int vocab, float top, flo
     return found;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) sample(
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) sample(
     f32* __restrict__ x, i32* token, i32* pos, i32* step, i32* tokens, const f32* all_logits, const f32* best_score,
     const i32* best_id, const floatX* __restrict__ matrix, const i64* settings, const f64* odds) {
     __shared__ u32 bins[3][BINS];
@@ -225,8 +245,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sample(
         if (top_k > 0 && top_k < vocab) least = threshold<false>(bins, logits, vocab, top, inverse, 0, top_k - 1);
         if (odds[1] < 1.0) {
             u64 sum = 0;
-            for (int i = threadIdx.x; i < vocab; i += BLOCK)
-                if (ordered(logits[i]) >= least) sum += weight_of(logits[i], top, inverse);
+            for_scores(logits, vocab, [&](float score) {
+                if (ordered(score) >= least) sum += weight_of(score, top, inverse);
+            });
             const u64 target = (u64)ceil(odds[1] * (f64)total_of(sum));
             const u64 rest = target > 1 ? target - 1 : 0;
             const u32 least_p = threshold<true>(bins, logits, vocab, top, inverse, least, rest);

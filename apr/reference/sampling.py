@@ -41,8 +41,8 @@ def choose(scores: np.ndarray, sampling: Sampling, sequence: int, position: int)
     """The token at `position` of a sequence: scores (V,) float32 to an id below sampling.vocab.
 
     sequence is sampling.first + the row in the batch; position counts from the sequence's first token, so that the one
-    that follows a prompt of n tokens is at n. Raises ShapeError for other shapes, InferenceError for a score that is NaN
-    and where the largest is infinite.
+    that follows a prompt of n tokens is at n. Raises ShapeError for other shapes, InferenceError for a score that is
+    NaN and where the largest is infinite.
     """
     if scores.ndim != 1 or scores.dtype != np.float32 or not 1 <= sampling.vocab <= scores.size:
         raise ShapeError("scores (V,)", f"float32, V at least the vocabulary of {sampling.vocab}",
