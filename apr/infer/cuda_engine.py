@@ -76,12 +76,6 @@ class CudaEngine(Engine):
             every = [repr(self.config), *(h.result() for h in hashes)]
         self.weights_sha256 = sha256("\n".join(every).encode()).hexdigest()
 
-    def weight(self, name: str) -> np.ndarray:
-        """A parameter as it lies on the GPU: float32, or ml_dtypes.bfloat16."""
-        spec = next(s for s in self.net.layout.specs if s.name == name)
-        host = self.dev.download(self.arena.part("params", self.net.layout.offset(name), spec.shape))
-        return host.view(BY_NAME["BF16"].numpy) if host.dtype == np.uint16 else host
-
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, limit: int) -> Iterator[np.ndarray]:
         """See Engine.generate."""
         check_prompts(self, prompts)

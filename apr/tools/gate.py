@@ -218,11 +218,7 @@ class _Weights:
 
 def _float32(array: np.ndarray, precision: str) -> np.ndarray:
     """As float32, through bfloat16 where the GPU holds that."""
-    if array.dtype != BF16:
-        array = array.astype(BF16 if precision == "bf16" else np.float32, copy=False)
-    if array.dtype == BF16:  # ml_dtypes converts one element at a time
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array
+    return (array.astype(BF16, copy=False) if precision == "bf16" else array).astype(np.float32, copy=False)
 
 
 def _key(engine: CudaEngine) -> str:

@@ -5,12 +5,14 @@ import json
 import os
 import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hf_models import ALL, BF16, LLAMA, QWEN2, TEXTS, bits, random_arrays, read_all, write_folder
 from models import train_config
 
 from apr.errors import ConfigError, FormatError, IntegrityError, NotFoundError
+from apr.formats import source
 from apr.formats.apr_file import open_apr, write_apr
 from apr.formats.hf_folder import open_hf
 from apr.formats.model_file import (
@@ -272,3 +274,18 @@ def test_more_layers_than_tensors_are_refused_before_their_table_is_made(tmp_pat
     monkeypatch.setattr("apr.formats.source.param_specs", lambda config: pytest.fail("a table was made"))
     with pytest.raises(FormatError, match="the tensors of 1024 layers, found 3 tensors"):
         check_names(dataclasses.replace(QWEN2, num_hidden_layers=1024), dict.fromkeys("abc", (1,)), "m")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16], ids=str)
+def test_what_is_not_finite_is_found_wherever_it_is(dtype):
+    largest = ml_dtypes.finfo(dtype).max
+    values = np.full(source.BLOCK + 3, largest, dtype)
+    values[:4] = [-largest, 0, ml_dtypes.finfo(dtype).smallest_subnormal, 1]
+    source.check_finite(values, "t")
+    source.check_finite(values[:0], "t")
+    for bad in (np.nan, np.inf, -np.inf):
+        for at in (0, source.BLOCK - 1, source.BLOCK, source.BLOCK + 2):
+            broken = values.copy()
+            broken[at] = bad
+            with pytest.raises(FormatError, match=f"t: expected finite values, found -?(nan|inf) at element {at};"):
+                source.check_finite(broken.reshape(1, -1), "t")
