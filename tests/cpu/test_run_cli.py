@@ -214,9 +214,14 @@ def test_stdin_that_is_no_text_is_refused(folder):
     assert (code, out) == (2, "") and "byte 0xff at offset 3" in err and len(err.splitlines()) == 1
 
 
+def interruptible():
+    """Ctrl-C counts, even where these tests run in the background of a script, which ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_what_there_is(folder):
     with subprocess.Popen(command(folder / "plain.apr", "words", "--max-tokens", 19000, "--no-gpu"),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV) as p:
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, preexec_fn=interruptible) as p:
         first = p.stdout.read(20)
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=30)
@@ -229,7 +234,7 @@ def test_ctrl_c_in_json_gives_a_line_for_each_prompt(folder, tmp_path, tokenizer
     assert size > 2000  # what the second prompt takes: seconds
     with subprocess.Popen(command(folder / "plain.apr", "--prompts", tmp_path / "p.txt", "--batch-size", 1, "--context",
                                   size, "--max-tokens", size, "--no-gpu", "--json"),
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV) as p:
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENV, preexec_fn=interruptible) as p:
         first = json.loads(p.stdout.readline())
         time.sleep(0.3)
         p.send_signal(signal.SIGINT)
