@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from apr.dtypes import APR_QUANTISED, BY_APR_CODE, BY_NUMPY
 from apr.errors import FormatError, IntegrityError
-from apr.files import CHUNK, open_regular, os_errors, replacing
+from apr.files import CHUNK, replacing
 from apr.formats.tensors import (
     MAX_DIMENSIONS,
     MAX_NAME,
@@ -36,6 +36,7 @@ from apr.formats.tensors import (
     checked_shape,
     checked_tiling,
     file_state,
+    open_checked,
     raw_bytes,
 )
 from apr.strict import MAX_JSON_BYTES, parse_json
@@ -58,13 +59,7 @@ def open_apr(path: Path) -> TensorFile:
 
     Raises NotFoundError, StorageError, FormatError naming the rule and the tensor, IntegrityError for a checksum.
     """
-    file, size = open_regular(path)
-    try:
-        with os_errors(str(path)):
-            return _checked(path, file, size)
-    except BaseException:
-        file.close()
-        raise
+    return open_checked(path, _checked)
 
 
 def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
@@ -114,7 +109,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
         if any(file.read(_up(end) - end)):
             refuse("zero padding after each tensor", f"other bytes after '{entry.name}'")
     _check_payload(where, file, size)
-    return TensorFile(path, file, metadata, entries, state, flags)
+    return TensorFile(path, file, state, metadata, entries, flags)
 
 
 def _index(where: str, data: bytes, count: int, data_at: int, end: int) -> dict[str, TensorEntry]:

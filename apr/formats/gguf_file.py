@@ -24,8 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from apr.errors import FormatError
-from apr.files import open_regular, os_errors
-from apr.formats.tensors import checked_tiling
+from apr.formats.tensors import OpenFile, checked_tiling, file_state, open_checked
 from apr.strict import MAX_JSON_BYTES
 
 MAGIC = b"GGUF"
@@ -56,45 +55,24 @@ class GgufEntry:
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """An open, fully checked GGUF file, also a context manager.
+class GgufFile(OpenFile):
+    """An open, fully checked GGUF file.
 
     `metadata` holds int, float, bool, str, a list of str, or an array of numbers; `entries` are in the file's order.
     """
 
-    path: Path
-    file: BinaryIO
     metadata: dict[str, Any]
     entries: dict[str, GgufEntry]
     version: int
     alignment: int
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in memory of its own: F32, F16 and BF16 as stored, blocks as float32.
-
-        Raises StorageError, FormatError when the file has become shorter.
-        """
+        """One tensor in memory of its own: F32, F16 and BF16 as stored, blocks as float32. Raises as read_span."""
         entry = self.entries[name]
-        place = f"{self.path}: tensor '{name}'"
-        raw = np.empty(entry.nbytes, np.uint8)
-        with os_errors(str(self.path)):
-            self.file.seek(entry.start)
-            got = self.file.readinto(raw.data)  # type: ignore[attr-defined]
-        if got != entry.nbytes:
-            raise FormatError(place, f"{entry.nbytes} bytes", f"{got}", "the file was cut; get it again")
+        raw = self.read_span(entry)
         if entry.type in STORED:
             return raw.view(STORED[entry.type]).reshape(entry.shape)
         return dequantised(raw, entry.type, entry.shape)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-    def __enter__(self) -> "GgufFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def dequantised(raw: np.ndarray, kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -147,17 +125,11 @@ def open_gguf(path: Path) -> GgufFile:
 
     Raises NotFoundError, StorageError, FormatError naming the key or tensor and the rule.
     """
-    file, size = open_regular(path)
-    try:
-        with os_errors(str(path)):
-            return _checked(path, file, size)
-    except BaseException:
-        file.close()
-        raise
+    return open_checked(path, _checked)
 
 
 def _checked(path: Path, file: BinaryIO, size: int) -> GgufFile:
-    where = str(path)
+    where, state = str(path), file_state(file)
     cursor = _Cursor(file, size, where)
     magic = file.read(4)
     if magic != MAGIC:
@@ -194,7 +166,7 @@ def _checked(path: Path, file: BinaryIO, size: int) -> GgufFile:
     start = -(-cursor.position // alignment) * alignment
     entries = {name: replace(e, start=start + e.start) for name, e in entries.items()}
     _check_data(cursor, entries, start, alignment)
-    return GgufFile(path, file, metadata, entries, version, alignment)
+    return GgufFile(path, file, state, metadata, entries, version, alignment)
 
 
 def _value(cursor: _Cursor, place: str, kind: int) -> Any:

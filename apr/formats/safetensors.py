@@ -10,11 +10,11 @@ and it writes in place.)
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from apr.dtypes import BY_NAME, BY_NUMPY, DType
 from apr.errors import FormatError
-from apr.files import open_regular, os_errors, replacing
+from apr.files import replacing
 from apr.formats.tensors import (
     TensorEntry,
     TensorFile,
@@ -23,6 +23,7 @@ from apr.formats.tensors import (
     checked_shape,
     checked_tiling,
     file_state,
+    open_checked,
     raw_bytes,
 )
 from apr.strict import MAX_JSON_BYTES, parse_json
@@ -35,30 +36,27 @@ def open_safetensors(path: Path) -> TensorFile:
 
     Raises NotFoundError, StorageError, FormatError naming the tensor and the rule.
     """
-    where = str(path)
-    file, size = open_regular(path)
-    try:
-        state = file_state(file)
-        with os_errors(where):
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > min(size - 8, MAX_JSON_BYTES):
-                raise FormatError(where, f"a header length of at most {min(max(size - 8, 0), MAX_JSON_BYTES)}",
-                                  f"{length} in a file of {size} bytes", "this is no complete safetensors file")
-            text = file.read(length)
-        if not text.startswith(b"{"):
-            raise FormatError(where, "a header that starts with '{'", repr(text[:8]), "this is no safetensors file")
-        header = parse_json(text, where)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise FormatError(f"{where}: __metadata__", "texts by key", "something else", "write the file again")
-        data_start = 8 + length
-        entries = {name: _entry(where, name, value, data_start) for name, value in header.items()}
-        checked_tiling(where, entries, data_start, size, align=1)
-        return TensorFile(path, file, metadata, entries, state)
-    except BaseException:
-        file.close()
-        raise
+    return open_checked(path, _checked)
+
+
+def _checked(path: Path, file: BinaryIO, size: int) -> TensorFile:
+    where, state = str(path), file_state(file)
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or length > min(size - 8, MAX_JSON_BYTES):
+        raise FormatError(where, f"a header length of at most {min(max(size - 8, 0), MAX_JSON_BYTES)}",
+                          f"{length} in a file of {size} bytes", "this is no complete safetensors file")
+    text = file.read(length)
+    if not text.startswith(b"{"):
+        raise FormatError(where, "a header that starts with '{'", repr(text[:8]), "this is no safetensors file")
+    header = parse_json(text, where)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{where}: __metadata__", "texts by key", "something else", "write the file again")
+    data_start = 8 + length
+    entries = {name: _entry(where, name, value, data_start) for name, value in header.items()}
+    checked_tiling(where, entries, data_start, size, align=1)
+    return TensorFile(path, file, state, metadata, entries)
 
 
 def _entry(where: str, name: str, value: Any, data_start: int) -> TensorEntry:

@@ -5,16 +5,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self, TypeVar
 
 import numpy as np
 
 from apr.dtypes import DType
 from apr.errors import FormatError, ShapeError
-from apr.files import CHUNK, os_errors
+from apr.files import CHUNK, open_regular, os_errors
 
 MAX_DIMENSIONS = 8
 MAX_NAME = 256  # bytes
+F = TypeVar("F")
 
 
 @dataclass(frozen=True)
@@ -28,65 +29,106 @@ class TensorEntry:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """An open, fully checked file of tensors, also a context manager.
+class Span(Protocol):
+    """What has a name and a place in a file."""
 
-    `entries` by name, in the file's order; `metadata` (texts only in safetensors); `state` is file_state at the
-    opening; `flags` (.apr only).
-    """
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open, fully checked file of tensors, also a context manager; `state` is file_state at the opening."""
 
     path: Path
     file: BinaryIO
-    metadata: dict[str, Any]
-    entries: dict[str, TensorEntry]
     state: tuple[int, int]
-    flags: int = 0
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in memory of its own. Raises StorageError, FormatError when the file has changed meanwhile."""
-        entry = self.entries[name]
-        out = np.empty(entry.shape, entry.dtype.numpy)
+    def read_span(self, span: Span) -> np.ndarray:
+        """A tensor's bytes, in memory of their own. Raises StorageError, FormatError when the file has changed."""
+        out = np.empty(span.nbytes, np.uint8)
         with os_errors(str(self.path)):
-            self.file.seek(entry.start)
-            got = self.file.readinto(raw_bytes(out)) if entry.nbytes else 0  # type: ignore[attr-defined]
-        self._check_read(entry, got)
+            self.file.seek(span.start)
+            got = self.file.readinto(out.data) if span.nbytes else 0  # type: ignore[attr-defined]
+        self.check_read(span, got)
         return out
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor, CHUNK at a time. Raises as read."""
-        entry, got = self.entries[name], 0
+    def pieces_of(self, span: Span) -> Iterator[bytes]:
+        """The same bytes, CHUNK at a time."""
+        got = 0
         with os_errors(str(self.path)):
-            while got < entry.nbytes:
-                self.file.seek(entry.start + got)  # another tensor may be read in between
-                part = self.file.read(min(CHUNK, entry.nbytes - got))
+            while got < span.nbytes:
+                self.file.seek(span.start + got)  # another tensor may be read in between
+                part = self.file.read(min(CHUNK, span.nbytes - got))
                 if not part:
                     break
                 got += len(part)
                 yield part
-        self._check_read(entry, got)
+        self.check_read(span, got)
 
-    def _check_read(self, entry: TensorEntry, got: int) -> None:
-        if got != entry.nbytes:
-            raise FormatError(f"{self.path}: tensor '{entry.name}'", f"{entry.nbytes} bytes", f"{got}",
+    def check_read(self, span: Span, got: int) -> None:
+        """Demand that all bytes came, and that nobody has written to the file since it was opened."""
+        if got != span.nbytes:
+            raise FormatError(f"{self.path}: tensor '{span.name}'", f"{span.nbytes} bytes", f"{got}",
                               "the file was cut; get it again")
         if file_state(self.file) != self.state:
-            raise FormatError(f"{self.path}: tensor '{entry.name}'", "a file that stays as it is",
+            raise FormatError(f"{self.path}: tensor '{span.name}'", "a file that stays as it is",
                               "changed while it was read", "wait for its writer to end, and run again")
-
-    def read_all(self) -> dict[str, np.ndarray]:
-        """Every tensor by name."""
-        return {name: self.read(name) for name in self.entries}
 
     def close(self) -> None:
         """Close the file."""
         self.file.close()
 
-    def __enter__(self) -> "TensorFile":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class TensorFile(OpenFile):
+    """A file of arrays: `entries` by name, in its order; `metadata`, texts only in safetensors; `flags`, .apr only."""
+
+    metadata: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    flags: int = 0
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own. Raises as read_span."""
+        entry = self.entries[name]
+        return self.read_span(entry).view(entry.dtype.numpy).reshape(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, CHUNK at a time. Raises as read."""
+        return self.pieces_of(self.entries[name])
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        """Every tensor by name."""
+        return {name: self.read(name) for name in self.entries}
+
+
+def open_checked(path: Path, check: Callable[[Path, BinaryIO, int], F]) -> F:
+    """What `check` makes of an open regular file and its size; the file is closed again when that raises.
+
+    Raises NotFoundError, StorageError, and what `check` raises.
+    """
+    file, size = open_regular(path)
+    try:
+        with os_errors(str(path)):
+            return check(path, file, size)
+    except BaseException:
+        file.close()
+        raise
 
 
 @dataclass(frozen=True)
@@ -138,22 +180,6 @@ def checked_shape(where: str, shape: Any, dtype: DType, nbytes: int) -> tuple[in
         raise FormatError(where, f"{math.prod(shape) * dtype.size} bytes for {dtype.name} {list(shape)}", f"{nbytes}",
                           "write the file again")
     return tuple(shape)
-
-
-class Span(Protocol):
-    """What has a name and a place in a file."""
-
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-
-    @property
-    def start(self) -> int:
-        """Its first byte in the file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its length."""
 
 
 def checked_tiling(where: str, entries: Mapping[str, Span], start: int, end: int, align: int) -> None:

@@ -1,5 +1,7 @@
 """GGUF: files read by us as by the `gguf` library, blocks turned into the values that ggml's formulas give."""
 
+import os
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -160,6 +162,17 @@ def test_gguf_file_cut_while_open(tmp_path):
     f = opened(tmp_path, gguf_bytes())
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with f, pytest.raises(FormatError, match=r"tensor 'w'.*was cut"):
+        f.read("w")
+
+
+def test_gguf_file_changed_while_open(tmp_path):
+    f = opened(tmp_path, gguf_bytes())
+    data = bytearray((tmp_path / "x.gguf").read_bytes())
+    data[-1] ^= 1
+    with open(tmp_path / "x.gguf", "r+b") as other:
+        other.write(data)
+    os.utime(tmp_path / "x.gguf", ns=(1, 1))
+    with f, pytest.raises(FormatError, match=r"tensor 'w'.*changed while it was read"):
         f.read("w")
 
 
