@@ -13,6 +13,7 @@ import msgspec
 
 from apr.errors import ConfigError, did_you_mean
 
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
 IGNORE = -100  # the target id that means "no target here"; Hugging Face's label for it
 MAX_LAYERS = 10_000  # each is a few entries in tables that are made before anything is compared with a file
 VOCAB_MULTIPLE = 128  # logits are padded to this inside; 50257 unpadded costs 7x on the head

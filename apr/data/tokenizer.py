@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from apr.config import END_OF_TEXT
 from apr.errors import AprError, FormatError, NotFoundError
 from apr.files import read_bytes
 from apr.strict import parse_json
@@ -24,7 +25,6 @@ from apr.strict import parse_json
 MAX_FILE = 64 * 2**20
 MAX_VOCABULARY = 2**20
 MAX_GROWTH = 1024  # times that normalizing or decoding may lengthen a text; a chain of doublings knows no end
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that exists ends a document
 ENCODE_AT_ONCE = 256  # documents
 PROBE = "def f(x):\n\treturn 'Naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
 BYTES = (pre_tokenizers.ByteLevel.alphabet(), [f"<0x{b:02X}>" for b in range(256)])  # a byte as a token: two spellings

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from apr.config import TransformerConfig
+from apr.config import END_OF_TEXT, TransformerConfig
 from apr.errors import FormatError
 from apr.formats.gguf_model import (
     EPS,
@@ -43,7 +43,6 @@ from apr.formats.source import ModelSource
 from apr.strict import parse_json
 
 QUANTIZATION_VERSION = 2
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")
 NO_PLACE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # GGUF's tokens say the same
 SAID = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config"}
 Keys = dict[str, Any]

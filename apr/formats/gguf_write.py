@@ -21,6 +21,7 @@ from apr.formats.gguf_keys import QUANTIZATION_VERSION, chat_template, config_ke
 from apr.formats.gguf_model import open_gguf_model
 from apr.formats.gguf_names import ROPE_FREQS, adjacent_rows, gguf_name, permuted_heads, rope_factors, shortest
 from apr.formats.source import FLOATS, ModelSource
+from apr.formats.stored import rounded
 from apr.formats.tensors import raw_bytes
 from apr.params import param_specs
 
@@ -125,16 +126,12 @@ def stored_type(shape: tuple[int, ...], source: str, dtype: str | None) -> str:
 
 def converted(array: np.ndarray, kind: str, where: str) -> np.ndarray:
     """The array in a stored type, rounded to nearest even, or as bytes of blocks. Raises FormatError on overflow."""
-    if kind == "Q8_0":
-        values = array.astype(np.float32, copy=False)
-        if np.abs(values).max(initial=0) <= GREATEST:
-            return quantize(values, GGMLQuantizationType.Q8_0)
-    else:
-        with np.errstate(over="ignore"):
-            out = array.astype(STORED[kind], copy=False)
-        if array.dtype == out.dtype or np.isfinite(out).all():
-            return out
-    raise FormatError(where, f"values that {kind} can hold", f"up to {np.abs(array).max():g}", "write F32 or BF16")
+    if kind != "Q8_0":
+        return rounded(array, kind, where)
+    values = array.astype(np.float32, copy=False)
+    if not np.abs(values).max(initial=0) <= GREATEST:
+        raise FormatError(where, "values that Q8_0 can hold", f"up to {np.abs(values).max():g}", "write F32 or BF16")
+    return quantize(values, GGMLQuantizationType.Q8_0)
 
 
 def encode_header(keys: Mapping[str, Any], index: Mapping[str, tuple[str, tuple[int, ...]]], where: str) -> bytes:

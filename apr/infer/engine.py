@@ -55,7 +55,6 @@ def check_prompts(engine: Engine, prompts: Sequence[Sequence[int]], cached: Sequ
         if min(prompt) < 0 or max(prompt) >= engine.config.V:
             raise ShapeError(f"prompt {number}", f"token ids in [0, {engine.config.V})",
                              f"{min(prompt)} to {max(prompt)}", "use the model's own tokenizer")
-    if cached is not None and [n for n, p in zip(cached, prompts, strict=False) if 0 <= n <= len(p)] != [*cached]:
+    if cached is not None and (len(cached) != len(prompts)
+                               or any(not 0 <= n <= len(p) for n, p in zip(cached, prompts, strict=True))):
         raise ShapeError("cached", "for each prompt a number from 0 to its length", f"{list(cached)[:8]}", "correct it")
-    if cached is not None and len(cached) != len(prompts):
-        raise ShapeError("cached", f"{len(prompts)} numbers", str(len(cached)), "correct it")

@@ -13,7 +13,6 @@ SAMPLE = KernelSpec("sampling.cu", "sample", BAKED,
                      "best_score:const f32*", "best_id:const i32*", "matrix:const floatX*", "settings:const i64*",
                      "odds:const f64*"))
 SPECS = (EMBED, SAMPLE)
-SETTINGS = 5  # vocab, seed, number of the first sequence, top_k, limit
 
 
 def sampling_baked(c: TransformerConfig, B: int, bests: int, storage: str) -> Baked:
@@ -33,7 +32,7 @@ def sample(dev: Device, x: Any, token: Any, pos: Any, step: Any, tokens: Any, lo
     """Choose token (B,) from logits (B, V) f32, of which decode_head left each block's best (B, BESTS).
 
     token =, pos and step (B,) i32 += 1, tokens (LIMIT, B) i32 = at the step before, -2 if a score is not a number;
-    x (B, C) f32 = the token's row of matrix. settings (SETTINGS,) i64, odds (2,) f64: kernels/sampling.cu.
+    x (B, C) f32 = the token's row of matrix. settings (5,) i64, odds (2,) f64: kernels/sampling.cu.
     """
     b, bests = best_id.shape
     dev.launch(SAMPLE, sampling_baked(config, b, bests, floatx(matrix)), (b,), (1024,),
