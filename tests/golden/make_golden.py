@@ -45,8 +45,9 @@ MODELS = {
 }
 
 
-def fill(model: torch.nn.Module, rng: torch.Generator) -> None:
-    """Random weights at which every constant of the model shows."""
+def fill(model: torch.nn.Module, rng: torch.Generator, branch: float = 0.004) -> None:
+    """Random weights at which every constant of the model shows; `branch` scales what is added to the residual stream.
+    """
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=rng)
         if name.endswith("norm.weight"):
@@ -56,7 +57,7 @@ def fill(model: torch.nn.Module, rng: torch.Generator) -> None:
         elif "embed_tokens" in name:
             p.data = 0.02 * noise
         elif "o_proj" in name or "down_proj" in name:
-            p.data = 0.004 * noise  # keeps the residual stream as small as the embeddings: every norm's eps shows
+            p.data = branch * noise  # keeps the residual stream as small as the embeddings: every norm's eps shows
         else:
             p.data = 0.15 * noise
 

@@ -17,13 +17,12 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from make_golden import LLAMA3, fill
 from safetensors.torch import save_file
 
 HF = Path(__file__).parent / "hf"
 V, TOKENS, LENGTHS, LEAD, DISTINCT = 307, 64, (41, 6), 1e-3, 8
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
@@ -49,22 +48,6 @@ MODELS = {
               "1GB"),
     "smollm": (transformers.LlamaConfig(**shape(96, 3, 1, 32, 132, 2, 1e5, 1e-5, True)), torch.float16, 2, True, "1GB"),
 }
-
-
-def fill(model: torch.nn.Module, rng: torch.Generator) -> None:
-    """Random weights at which every constant of the model shows; as in make_golden.py."""
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=rng)
-        if name.endswith("norm.weight"):
-            p.data = 1 + 0.2 * noise
-        elif name.endswith(".bias"):
-            p.data = {"q": 1.0, "k": 3.0, "v": 0.1}[name.split(".")[-2][0]] * noise
-        elif "embed_tokens" in name:
-            p.data = 0.02 * noise
-        elif "o_proj" in name or "down_proj" in name:
-            p.data = 0.008 * noise  # keeps the residual stream as small as the embeddings: every norm's eps shows
-        else:
-            p.data = 0.15 * noise
 
 
 def train_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -100,7 +83,7 @@ def attempt(name: str, seed: int, folder: Path) -> dict | None:
     rng = torch.Generator().manual_seed(seed)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float()
-    fill(model, rng)
+    fill(model, rng, branch=0.008)
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=0, do_sample=True,
                                                             temperature=0.7, top_p=0.8)
     shutil.rmtree(folder, ignore_errors=True)
