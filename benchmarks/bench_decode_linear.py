@@ -13,7 +13,6 @@ from peers import EAGER
 
 from apr.config import TransformerConfig
 from apr.ops.decode_linear import decode_add, decode_gate_up, decode_head, decode_qkv, head_blocks
-from apr.ops.sampling import SETTINGS
 
 BATCHES = (1, 8)
 
@@ -74,7 +73,7 @@ def head(name: str, c: TransformerConfig, B: int, X: str) -> Case:
         out, x, weight = b.empty((B, c.V), "f32"), b.random((B, c.C), "f32"), b.random((c.C,), X)
         bests = head_blocks(c, B, X)
         score, best = b.empty((B, bests), "f32"), b.empty((B, bests), "i32")
-        settings = b.put(np.array([c.V] + [0] * (SETTINGS - 1), np.int64))
+        settings = b.put(np.array([c.V, 0, 0, 0, 0]))
         return lambda: decode_head(b.dev, out, score, best, x, matrix, weight, settings, eps=c.rms_norm_eps)
     return case(f"head {name}", B, c.V, c.C, X, launch)
 
