@@ -13,6 +13,7 @@ from apr.arena import Arena
 from apr.block import Batch, LayerViews, block_backward, block_forward, layer_views, to_host
 from apr.config import TransformerConfig
 from apr.device import Device
+from apr.dtypes import BY_NAME
 from apr.gemm import Gemm
 from apr.kernel import floatx
 from apr.ops.cross_entropy import cross_entropy_forward, cross_entropy_forward_backward, cross_entropy_sum
@@ -20,7 +21,7 @@ from apr.ops.embedding import embedding_backward, embedding_forward
 from apr.ops.linear import linear_backward, linear_forward
 from apr.ops.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from apr.ops.rope import rope_table
-from apr.params import EMBED, HEAD, NORM, layout
+from apr.params import EMBED, HEAD, NORM, ParamSpec, layout
 from apr.taps import Tap, tap_name
 
 
@@ -40,6 +41,11 @@ class Model:
     def matrix(self, buffer: str, name: str) -> Any:
         """The embedding table or head (Vp, C), its padding rows too."""
         return self.arena.part(buffer, self.layout.offset(name), (self.config.Vp, self.config.C))
+
+    def stored(self, spec: ParamSpec) -> np.ndarray:
+        """A parameter as the kernels read it, copied to the host: float32, or bfloat16 bit for bit."""
+        host = self.dev.download(self.arena.part("params", self.layout.offset(spec.name), spec.shape))
+        return host.view(BY_NAME["BF16"].numpy) if host.dtype == np.uint16 else host
 
     def batch(self, B: int, T: int, tap: Tap | None = None, slot: int | None = None) -> Batch:
         """What the passes over B sequences of T tokens work with; `ids`, `targets` … hold the batch.

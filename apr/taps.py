@@ -74,3 +74,17 @@ def expected_names(num_layers: int, qk_norm: bool) -> list[str]:
     for index in range(num_layers):
         names += [tap_name(stage, index) for stage in layer]
     return names + [s.name for s in FINAL_STAGES]
+
+
+class Recorder:
+    """A tap that keeps a copy of everything, float32; what it sees again is a later token, as decoding shows them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[np.ndarray]] = {}
+
+    def __call__(self, name: str, array: np.ndarray) -> None:
+        self.seen.setdefault(name, []).append(np.array(array, np.float32))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Each point, (B, T, …), in the order in which they were first seen."""
+        return {name: np.concatenate(parts, 1) for name, parts in self.seen.items()}

@@ -11,8 +11,7 @@ The verdict is remembered by what it depends on: weights, apr's sources, device,
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,24 @@ from typing import Any
 import numpy as np
 
 from apr import driver, paths
-from apr.dtypes import BY_NAME
 from apr.errors import FormatError, GateError, StorageError
 from apr.files import write_atomic
 from apr.formats.source import ModelSource
 from apr.infer.cuda_engine import CudaEngine
-from apr.params import EMBED, NORM, param_specs
+from apr.params import EMBED, NORM
 from apr.reference.block import block_forward
 from apr.reference.linear import linear_forward
 from apr.reference.model import head_name
 from apr.reference.rmsnorm import rmsnorm_forward
 from apr.reference.rope import rope_tables
 from apr.strict import read_json
-from apr.taps import expected_names, layer_tap, tap_name
+from apr.taps import Recorder, expected_names, layer_tap, tap_name
+from apr.tools.compare import relative
+from apr.tools.weights import Weights
 
 ID = "FALSIFY-CPU-GPU-003"  # the gate at the start of `apr run`, in apr-cpu-vs-gpu-output-parity-v1
 REMEDY = "do not use what this GPU writes: --no-gpu runs on the CPU, 'apr doctor' shows what is here"
 TOKENS = 8
-BF16 = BY_NAME["BF16"].numpy
-AHEAD = 3  # layers whose weights are read before they are needed
 FUSED = {"attn_norm", "q_linear", "k_linear", "v_linear", "q_norm", "k_norm", "q_rope", "attn_out", "ffn_norm",
          "ffn_gate", "ffn_up", "ffn_silu", "ffn_out", "final_norm"}  # stages inside a kernel of decoding
 NEAR = 0.02  # of the spread of the scores: two that are closer may change places in bf16
@@ -87,13 +85,14 @@ def check(engine: CudaEngine, source: ModelSource) -> dict[str, Any]:
     """The comparison itself. Raises GateError."""
     c, length = source.config, min(TOKENS, engine.S)  # what the file says, not what the engine made of it
     ids = np.random.default_rng(0).integers(0, c.V, length).tolist()
-    prompt, steps = _Recorder(), _Recorder()
+    prompt, steps = Recorder(), Recorder()
     engine.scores([ids], [length], prompt)
     engine.scores([ids], [0], steps)
-    seen = {"prompt": prompt.arrays(), "decoding": steps.arrays()}
+    seen = {way: {name: array[0] for name, array in recorder.arrays().items()}
+            for way, recorder in (("prompt", prompt), ("decoding", steps))}
     _check_names(engine, seen)
     judge = _Judge(engine.precision, seen)
-    weights = _Weights(source, engine.precision)
+    weights = Weights(source, engine.precision)
     table = weights.read(EMBED)
     x = np.stack([table[ids]] * 3)
     judge.stage("embedding", x)
@@ -108,20 +107,6 @@ def check(engine: CudaEngine, source: ModelSource) -> dict[str, Any]:
     scores = linear_forward(normed, table if head_name(c) == EMBED else weights.read(head_name(c)))
     judge.stage("logits", scores)
     return {"tokens": length, "worst_stage": judge.worst, **judge.whole(scores[0])}
-
-
-class _Recorder:
-    """A tap that keeps the first sequence of everything, tokens one after the other."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, list[np.ndarray]] = {}
-
-    def __call__(self, name: str, array: np.ndarray) -> None:
-        self.seen.setdefault(name, []).append(np.array(array[0], np.float32))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Each stage, (T, …)."""
-        return {name: np.concatenate(parts) for name, parts in self.seen.items()}
 
 
 def _check_names(engine: CudaEngine, seen: dict[str, dict[str, np.ndarray]]) -> None:
@@ -175,50 +160,6 @@ class _Judge:
                                     f"{error:.3g} and token {mine}", REMEDY)
                 worst, ties = max(worst, error), ties + (mine != theirs)
         return {"logits_relative_l2": worst, "near_ties": ties}
-
-
-def relative(gpu: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """|gpu - truth| / |truth| and (gpu · truth) / (truth · truth), in float64; NaN where the GPU has one."""
-    a, t = gpu.astype(np.float64).reshape(-1), truth.astype(np.float64).reshape(-1)
-    square = float(t @ t)
-    if square == 0.0:
-        return float(np.linalg.norm(a)), 1.0
-    return float(np.linalg.norm(a - t)) / square ** 0.5, float(a @ t) / square
-
-
-class _Weights:
-    """The file's parameters in float32, rounded to the storage type first, a few layers ahead of their use."""
-
-    def __init__(self, source: ModelSource, precision: str) -> None:
-        self.source, self.precision = source, precision
-
-    def read(self, name: str) -> np.ndarray:
-        """One parameter."""
-        return _float32(self.source.read(name), self.precision)
-
-    def layers(self, count: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """(layer, its parameters by name). One thread reads, others convert."""
-        names: dict[int, list[str]] = {}
-        for spec in param_specs(self.source.config):
-            if spec.name.startswith("model.layers."):
-                names.setdefault(int(spec.name.split(".")[2]), []).append(spec.name)
-        with ThreadPoolExecutor(8) as pool:
-            waiting: list[dict[str, Any]] = []
-
-            def start(layer: int) -> None:
-                waiting.append({n: pool.submit(_float32, self.source.read(n), self.precision) for n in names[layer]})
-
-            for layer in range(min(AHEAD, count)):
-                start(layer)
-            for layer in range(count):
-                if layer + AHEAD < count:
-                    start(layer + AHEAD)
-                yield layer, {name: job.result() for name, job in waiting.pop(0).items()}
-
-
-def _float32(array: np.ndarray, precision: str) -> np.ndarray:
-    """As float32, through bfloat16 where the GPU holds that."""
-    return (array.astype(BF16, copy=False) if precision == "bf16" else array).astype(np.float32, copy=False)
 
 
 def _key(engine: CudaEngine) -> str:

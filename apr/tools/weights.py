@@ -1,0 +1,78 @@
+"""A file's parameters as the tools that compare want them, and whether a GPU holds their very bytes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from apr.dtypes import BY_NAME
+from apr.formats.source import ModelSource
+from apr.model import Model
+from apr.params import param_specs
+
+BF16 = BY_NAME["BF16"].numpy
+AHEAD = 3  # layers whose weights are read before they are needed
+
+
+class Weights:
+    """The file's parameters in float32, rounded to the storage type of `precision` first, a few layers ahead of use."""
+
+    def __init__(self, source: ModelSource, precision: str) -> None:
+        self.source, self.precision = source, precision
+
+    def read(self, name: str) -> np.ndarray:
+        """One parameter."""
+        return _float32(self.source.read(name), self.precision)
+
+    def layers(self, count: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """(layer, its parameters by name). One thread reads, others convert."""
+        names: dict[int, list[str]] = {}
+        for spec in param_specs(self.source.config):
+            if spec.name.startswith("model.layers."):
+                names.setdefault(int(spec.name.split(".")[2]), []).append(spec.name)
+        with ThreadPoolExecutor(8) as pool:
+            waiting: list[dict[str, Any]] = []
+
+            def start(layer: int) -> None:
+                waiting.append({n: pool.submit(_float32, self.source.read(n), self.precision) for n in names[layer]})
+
+            for layer in range(min(AHEAD, count)):
+                start(layer)
+            for layer in range(count):
+                if layer + AHEAD < count:
+                    start(layer + AHEAD)
+                yield layer, {name: job.result() for name, job in waiting.pop(0).items()}
+
+
+@dataclass(frozen=True)
+class ByteFault:
+    """A parameter whose bytes on the GPU are not the file's, rounded: where the first is, and how many."""
+
+    name: str
+    index: int  # the first element that differs, in the flattened array
+    count: int
+    gpu: float
+    file: float
+
+
+def byte_faults(net: Model, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
+    """(parameter, its fault or None) for every parameter: the GPU's bytes against the file's (H4D.1 in upstream)."""
+    kind = np.uint16 if net.storage == "bf16" else np.uint32
+    wanted = BF16 if net.storage == "bf16" else np.dtype(np.float32)
+    for spec in net.layout.specs:
+        gpu = np.ascontiguousarray(net.stored(spec))
+        file = np.ascontiguousarray(source.read(spec.name).astype(wanted, copy=False))
+        bad = np.flatnonzero(gpu.view(kind).reshape(-1) != file.view(kind).reshape(-1))
+        fault = None
+        if bad.size:
+            first = int(bad[0])
+            fault = ByteFault(spec.name, first, int(bad.size), float(gpu.reshape(-1)[first]),
+                              float(file.reshape(-1)[first]))
+        yield spec.name, fault
+
+
+def _float32(array: np.ndarray, precision: str) -> np.ndarray:
+    """As float32, through bfloat16 where the GPU holds that."""
+    return (array.astype(BF16, copy=False) if precision == "bf16" else array).astype(np.float32, copy=False)
