@@ -11,6 +11,7 @@
     ├── UnavailableError          9   device or feature not here (never a silent fallback)
     ├── DeviceFault              10   CUDA error that ends the process: illegal address, lost device
     ├── OutOfMemoryError         11   host or device memory
+    ├── MeasureError             12   a comparison that could not be made: nothing was measured, so nothing passed
     ├── Stopped                  75   stopped on request, resumable checkpoint written
     ├── ShapeError                1   an array does not fit its declared shape or dtype
     ├── KernelError               1   a compiled kernel that does not load
@@ -76,6 +77,12 @@ class DeviceFault(AprError):
 
 class OutOfMemoryError(AprError):
     exit_code = 11
+
+
+class MeasureError(AprError):
+    """A comparison or gate that could not be run: not a pass, and not a failure either."""
+
+    exit_code = 12
 
 
 class Stopped(AprError):

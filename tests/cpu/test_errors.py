@@ -23,7 +23,7 @@ def test_exit_codes_are_those_of_the_design():
     codes = {kind.__name__: kind.exit_code for kind in KINDS}
     assert codes | {"AprError": 1, "ConfigError": 2, "NotFoundError": 3, "FormatError": 4, "GateError": 5,
                     "IntegrityError": 6, "StorageError": 7, "InferenceError": 8, "UnavailableError": 9,
-                    "OutOfMemoryError": 11,
+                    "OutOfMemoryError": 11, "MeasureError": 12,
                     "Stopped": 75, "ShapeError": 1} == codes
     assert all(kind is AprError or kind.__base__ is AprError for kind in KINDS)
 
