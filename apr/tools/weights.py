@@ -26,6 +26,11 @@ class Weights:
         """One parameter."""
         return _float32(self.source.read(name), self.precision)
 
+    def layer(self, index: int) -> dict[str, np.ndarray]:
+        """One layer's parameters by name."""
+        return {s.name: self.read(s.name) for s in param_specs(self.source.config)
+                if s.name.startswith(f"model.layers.{index}.")}
+
     def layers(self, count: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """(layer, its parameters by name). One thread reads, others convert."""
         names: dict[int, list[str]] = {}

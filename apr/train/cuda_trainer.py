@@ -50,6 +50,7 @@ class CudaTransformerTrainer(Trainer):
         self.net = Model(self.dev, self.gemm, self.arena, model)
         self.graphs, self.poison = graphs, poison
         self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
+        self._rows = 0  # of the part that was loaded last
 
     @classmethod
     def new(cls, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None,
@@ -167,6 +168,11 @@ class CudaTransformerTrainer(Trainer):
             self._train_pass(self._load(part, tap))
         return float(dev.download(arena["stats"])[0])
 
+    def last_losses(self) -> np.ndarray:
+        """The loss of every row (N,) float32, in nats, of the part that was trained or evaluated last. For comparisons.
+        """
+        return self.dev.download(self.arena.rows("losses", (self._rows,)))
+
     def _fitting(self, batch: LMBatch) -> list[LMBatch]:
         """The batch in parts of at most the planned sequences. Raises ShapeError for longer ones, or bad ids."""
         p, v = self.arena.plan, self.model.V
@@ -184,6 +190,7 @@ class CudaTransformerTrainer(Trainer):
     def _load(self, part: LMBatch, tap: Tap | None = None) -> Batch:
         """The batch on the GPU."""
         b = self.net.batch(part.batch_size, part.seq_len, tap)
+        self._rows = b.N
         ids = np.ascontiguousarray(part.inputs, np.int32).reshape(-1)
         order, runs = sort_ids(ids)
         for name, values in (("ids", ids), ("targets", np.asarray(part.targets, np.int32)), ("order", order),

@@ -1,0 +1,268 @@
+"""Bisect: the first place where a GPU departs from the reference, what it did there, and the contract that this breaks.
+
+A model goes through the GPU as `apr run` would put it (a prompt, then decoding over the key/value cache), or as training
+would (forward, loss, backward, two updates). Then, in the order of the data:
+
+    H4D.1  every parameter on the GPU against the file, byte for byte
+    H4D.2  every stage against the reference's op on the inputs that the GPU had there
+    H4D.3  the cross-entropy, in training and in evaluation, and the buffer that both share
+    H4D.4  gradient norm, clipping and AdamW
+
+The numbers are upstream's (docs/debugging.md). Inputs of a stage were outputs of stages already found right, so what
+fails first is what is wrong; `explain` then looks for the fault that would have made this very result.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from apr.config import IGNORE, TransformerConfig, TransformerTrainConfig
+from apr.data.batch import LMBatch
+from apr.formats.source import ModelSource
+from apr.params import ParamSpec, param_specs
+from apr.taps import Recorder, Tap
+from apr.tools.causes import Cause, contract_of, explain
+from apr.tools.checks import Check, Step, run_steps
+from apr.tools.compare import difference
+from apr.tools.dataflow import decoding_checks, forward_checks, one
+from apr.tools.formulas import FORMULAS
+from apr.tools.gradient_flow import backward_checks, loss_checks, optimizer_checks
+from apr.tools.weights import ByteFault, Weights
+
+LENGTH, STEPS, LONGER = 70, 8, 100  # tokens of the prompt, decoding steps, tokens of the sequence before it
+ROWS, TOKENS = 2, 33  # of the training batch
+UPDATES = 2  # the second starts from moments that are not zero
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a stage may differ by from the reference on the same inputs: relative L2, and the scale of the whole."""
+
+    error: float
+    scale: float
+
+
+# Twice the worst of healthy models, and more (docs/numerics.md has what was measured).
+LIMITS = {"fp32": Limit(2e-5, 1e-5), "bf16": Limit(1e-2, 3e-3)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A stage that is wrong."""
+
+    phase: str
+    stage: str
+    relative_l2: float
+    scale: float
+    max_abs: float
+    not_finite: int
+    limit: float
+    cause: Cause
+    contract: str
+
+
+@dataclass
+class Phase:
+    """One part of the search: how many checks it made, the worst that passed, and what it found."""
+
+    name: str
+    checks: int = 0
+    worst_stage: str = ""
+    worst: float = 0.0  # relative L2
+    seconds: float = 0.0
+    findings: list[Finding] | None = None
+
+
+class Subject(Protocol):
+    """A model on a GPU."""
+
+    precision: str
+
+    def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
+        """As weights.byte_faults."""
+
+    def stored(self, spec: ParamSpec) -> np.ndarray:
+        """A parameter as the kernels read it."""
+
+
+class Generating(Subject, Protocol):
+    """One that generates: CudaEngine, through subjects.EngineSubject."""
+
+    S: int
+
+    def record(self, ids: list[int], cached: int, tap: Tap) -> None:
+        """ids through slot 0, the first `cached` as a prompt; the tap also sees `k_cache`, `v_cache` of each layer."""
+
+
+class Training(Subject, Protocol):
+    """One that trains: CudaTransformerTrainer, through subjects.TrainerSubject."""
+
+    config: TransformerTrainConfig
+
+    def gradients(self, batch: LMBatch, dloss: float, tap: Tap) -> np.ndarray:
+        """Forward and backward; the losses (N,) by row."""
+
+    def evaluate(self, batch: LMBatch) -> tuple[np.ndarray, float]:
+        """The losses (N,) by row, and their sum, without gradients."""
+
+    def scores(self, ids: np.ndarray) -> np.ndarray:
+        """Logits (B, T, V), float32."""
+
+    def state(self) -> dict[str, dict[str, np.ndarray]]:
+        """master, m, v and grads, each by parameter, copies."""
+
+    def update(self, batch: LMBatch, lr: float) -> tuple[float, int]:
+        """One step of training: the gradient norm that it found, and the number of the update."""
+
+
+def judge(check: Check, phase: str, limit: Limit, diagnose: bool = True) -> tuple[float, Finding | None]:
+    """The check's relative L2, and a Finding where that or the scale is beyond the limit."""
+    truth = np.asarray(run_steps(check, FORMULAS))
+    check = replace(check, got=check.got.reshape(truth.shape),
+                    before=None if check.before is None else check.before.reshape(truth.shape))
+    d = difference(check.got, truth)
+    if d.relative_l2 <= limit.error and abs(d.scale - 1) <= limit.scale:
+        return d.relative_l2, None
+    cause = explain(check, limit.error) if diagnose else None
+    cause = cause or Cause("unknown", "no known fault makes this result", None, d.relative_l2, check.steps[-1].op)
+    return d.relative_l2, Finding(phase, check.stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, limit.error,
+                                  cause, contract_of(cause.op, cause.kind))
+
+
+class Bisection:
+    """The search, phase by phase; it stops at the first finding unless `everything`. `say` is told of each phase."""
+
+    def __init__(self, source: ModelSource, subject: Subject, seed: int = 0, everything: bool = False,
+                 say: Callable[[Phase], None] = lambda phase: None) -> None:
+        self.source, self.subject, self.everything, self.say = source, subject, everything, say
+        self.c: TransformerConfig = source.config
+        self.rng = np.random.default_rng(seed)
+        self.limit = LIMITS[subject.precision]
+        self.weights = Weights(source, subject.precision)
+        self.phases: list[Phase] = []
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All of them, in the order of the data."""
+        return [f for phase in self.phases for f in phase.findings or ()]
+
+    @property
+    def over(self) -> bool:
+        """Whether the search has what it looked for."""
+        return bool(self.findings) and not self.everything
+
+    def report(self) -> dict[str, Any]:
+        """What was checked and found, for JSON."""
+        return {"model": str(self.source.path), "precision": self.subject.precision,
+                "phases": [{**asdict(p), "findings": len(p.findings or ())} for p in self.phases],
+                "findings": [asdict(f) for f in self.findings]}
+
+    def inference(self, subject: Generating) -> None:
+        """Prompt and decoding. Raises as the engine."""
+        self._uploads()
+        if self.over:
+            return
+        longest = min(subject.S, self.c.max_position_embeddings)
+        total = min(LENGTH + STEPS, max(longest - 1, 2))
+        n = total - min(STEPS, total - 1)
+        ids = self._ids(total)
+        before, now = Recorder(), Recorder()
+        subject.record(self._ids(min(LONGER, longest)), min(LONGER, longest), before)
+        subject.record(ids, n, now)
+        array, seen = np.array([ids]), now.arrays()
+        self._run("H4D.2 prompt", forward_checks({name: a[:, :n] for name, a in seen.items()}, self.c, self.weights,
+                                                 array[:, :n]))
+        self._run("H4D.2 decoding", decoding_checks(seen, before.arrays(), self.c, self.weights, array, n))
+
+    def training(self, subject: Training) -> None:
+        """Forward, loss, backward and updates. Raises as the trainer."""
+        self._uploads()
+        if self.over:
+            return
+        batch, other = self._batch(ROWS, TOKENS), self._batch(1, TOKENS - 2)
+        dloss, recorder = 1.0 / batch.num_tokens, Recorder()
+        losses = subject.gradients(batch, dloss, recorder)
+        grads, seen = subject.state()["grads"], recorder.arrays()
+        self._run("H4D.2 forward", forward_checks(seen, self.c, self.weights, batch.inputs))
+        self._run("H4D.3 loss", loss_checks(seen, losses, batch.targets, dloss))
+        self._run("H4D.2 backward", backward_checks(seen, grads, self.c, self.weights, batch.inputs))
+        if not self.over:
+            self._run("H4D.3 evaluation", self._evaluation(subject, (other, batch)))
+        if not self.over:
+            self._run("H4D.4 optimizer", self._updates(subject, batch))
+
+    def _evaluation(self, subject: Training, batches: Iterable[LMBatch]) -> Iterator[Check]:
+        """A batch smaller than the one before it, whose scores lie where that one's gradients were; then that again."""
+        for batch in batches:
+            losses, total = subject.evaluate(batch)
+            scores = {"logits": subject.scores(batch.inputs)}
+            yield from loss_checks(scores, losses, batch.targets, None)
+            yield one("eval_sum", np.array([total]), "loss_sum", losses=losses)
+
+    def _updates(self, subject: Training, batch: LMBatch) -> Iterator[Check]:
+        old, specs = subject.state(), tuple(param_specs(self.c))
+        for _ in range(UPDATES):
+            norm, count = subject.update(batch, 1e-2)
+            new = subject.state()
+            yield from optimizer_checks(specs, old, new, new["grads"], norm, subject.config, count, 1e-2)
+            for spec in specs if subject.precision == "bf16" else ():
+                yield one(f"rounded.{spec.name}", subject.stored(spec).astype(np.float32), "identity",
+                          x=new["master"][spec.name].astype(subject.stored(spec).dtype).astype(np.float32))
+            old = new
+
+    def _uploads(self) -> None:
+        start, phase = time.monotonic(), self._begin("H4D.1 uploads")
+        specs = {s.name: s for s in param_specs(self.c)}
+        for name, fault in self.subject.byte_faults(self.source):
+            phase.checks += 1
+            if fault is not None and not self.over:
+                got = self.subject.stored(specs[name]).astype(np.float32)
+                check = Check(f"upload.{name}", (Step("identity", "out", {"x": "x"}),), {"x": self.weights.read(name)},
+                              got)
+                _, finding = judge(check, phase.name, Limit(-1.0, 0.0))
+                assert finding is not None and phase.findings is not None
+                phase.findings.append(finding)
+        self._end(phase, start)
+
+    def _run(self, name: str, checks: Iterable[Check]) -> None:
+        if self.over:
+            return
+        start, phase = time.monotonic(), self._begin(name)
+        assert phase.findings is not None
+        for check in checks:
+            if not all(bool(np.isfinite(v).all()) for v in check.values.values() if isinstance(v, np.ndarray)):
+                continue  # what follows from numbers that are none tells nothing
+            error, finding = judge(check, name, self.limit)
+            phase.checks += 1
+            if finding is not None:
+                phase.findings.append(finding)
+            elif error >= phase.worst:
+                phase.worst, phase.worst_stage = error, check.stage
+            if self.over:
+                break
+        self._end(phase, start)
+
+    def _begin(self, name: str) -> Phase:
+        phase = Phase(name, findings=[])
+        self.phases.append(phase)
+        return phase
+
+    def _end(self, phase: Phase, start: float) -> None:
+        phase.seconds = round(time.monotonic() - start, 3)
+        self.say(phase)
+
+    def _ids(self, count: int) -> list[int]:
+        """Token ids, all different where the vocabulary has as many; the last repeats an early one."""
+        ids = self.rng.permutation(self.c.V)[:count] if count <= self.c.V else self.rng.integers(0, self.c.V, count)
+        ids[-1] = ids[count // 3]
+        return [int(i) for i in ids]
+
+    def _batch(self, rows: int, length: int) -> LMBatch:
+        length = min(length, self.c.max_position_embeddings)
+        ids = np.array(self._ids(rows * (length + 1)), np.int32).reshape(rows, length + 1)
+        targets = ids[:, 1:].copy()
+        targets[:, length // 2] = IGNORE
+        return LMBatch(ids[:, :-1].copy(), targets)
