@@ -28,6 +28,7 @@ class Check:
 
     `values` are what the steps start from: arrays (the GPU's own, as earlier stages left them, and parameters) and
     numbers of the configuration. `before`: what the result's buffer held for an earlier batch, where that is known.
+    `exact`: the result is float32 whatever the weights are stored in, and nothing is rounded on the way to it.
     """
 
     stage: str
@@ -35,6 +36,7 @@ class Check:
     values: Mapping[str, Any]
     got: np.ndarray
     before: np.ndarray | None = None
+    exact: bool = False
 
 
 def run_steps(check: Check, formulas: Mapping[str, Formula], replaced: Mapping[int, Formula] | None = None) -> Any:

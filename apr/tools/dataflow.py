@@ -6,6 +6,7 @@ So roundings do not pile up, each stage is judged by itself, and the first that 
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,14 @@ def one(stage: str, got: np.ndarray, op: str, **values: Any) -> Check:
     return Check(stage, (Step(op, "out", {name: name for name in values}),), values, got)
 
 
-def chain(stage: str, got: np.ndarray, values: Mapping[str, Any], *steps: Step) -> Check:
+def exact(stage: str, got: np.ndarray, op: str, **values: Any) -> Check:
+    """The same, of a result that is float32 in bf16 training too."""
+    return replace(one(stage, got, op, **values), exact=True)
+
+
+def chain(stage: str, got: np.ndarray, values: Mapping[str, Any], *steps: Step, exact: bool = False) -> Check:
     """A check of several ops, one after the other."""
-    return Check(stage, steps, values, got)
+    return Check(stage, steps, values, got, exact=exact)
 
 
 def step(op: str, out: str, **given: str) -> Step:
@@ -128,7 +134,7 @@ def decoding_checks(seen: Seen, before: Seen, c: TransformerConfig, weights: Wei
                 {"x": seen[tap_name("output", c.L - 1)][:, n:], "w": weights.read(NORM), "eps": c.rms_norm_eps,
                  "head": table if name == EMBED else weights.read(name)},
                 step("rmsnorm", "normed", x="x", weight="w", eps="eps"),
-                step("linear", "logits", x="normed", weight="head"))
+                step("linear", "logits", x="normed", weight="head"), exact=True)
 
 
 def _layer_decoding(at: Layer, before: Seen, positions: np.ndarray, n: int) -> Iterator[Check]:
@@ -150,7 +156,8 @@ def _layer_decoding(at: Layer, before: Seen, positions: np.ndarray, n: int) -> I
             steps.append(step("bias", "biased", x="raw", bias="b"))
         steps.append(step("heads", "out", x=steps[-1].out, HS="HS"))
         bias = {"b": at.w(f"{p}_proj.bias")} if c.use_bias else {}
-        yield chain(at.name(f"{p}_bias"), tail(f"{p}_bias"), {**values, "w": at.w(f"{p}_proj.weight"), **bias}, *steps)
+        yield chain(at.name(f"{p}_bias"), tail(f"{p}_bias"), {**values, "w": at.w(f"{p}_proj.weight"), **bias}, *steps,
+                    exact=True)
     turn, numbers = _turned(at, new)
     yield Check(at.name("k_rope"), turn("k"), {**numbers, "k": tail("k_bias")}, tail("k_rope"),
                 before[at.name("k_cache")][:, n:T])
@@ -159,15 +166,15 @@ def _layer_decoding(at: Layer, before: Seen, positions: np.ndarray, n: int) -> I
                 *turn("q"), step("attention", "out", q="q turned", k="keys", v="v", scale="scale"))
     yield chain(at.name("attn_residual"), tail("attn_residual"),
                 {"x": x, "heads": tail("attn_heads"), "w": at.w("o_proj.weight")},
-                step("linear", "branch", x="heads", weight="w"), step("residual", "out", a="x", b="branch"))
+                step("linear", "branch", x="heads", weight="w"), step("residual", "out", a="x", b="branch"), exact=True)
     yield chain(at.name("ffn_swiglu"), tail("ffn_swiglu"),
                 {"x": tail("attn_residual"), "norm": at.w("post_attention_layernorm.weight"), "eps": c.rms_norm_eps,
                  "gate_w": at.w("gate_proj.weight"), "up_w": at.w("up_proj.weight")},
                 norm, step("linear", "gate", x="normed", weight="gate_w"),
-                step("linear", "up", x="normed", weight="up_w"), step("swiglu", "out", gate="gate", up="up"))
+                step("linear", "up", x="normed", weight="up_w"), step("swiglu", "out", gate="gate", up="up"), exact=True)
     yield chain(at.name("output"), tail("output"),
                 {"x": tail("attn_residual"), "act": tail("ffn_swiglu"), "w": at.w("down_proj.weight")},
-                step("linear", "branch", x="act", weight="w"), step("residual", "out", a="x", b="branch"))
+                step("linear", "branch", x="act", weight="w"), step("residual", "out", a="x", b="branch"), exact=True)
 
 
 def _turned(at: Layer, positions: np.ndarray) -> tuple[Any, dict[str, Any]]:

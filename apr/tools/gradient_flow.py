@@ -14,16 +14,17 @@ from apr.params import EMBED, NORM, ParamSpec
 from apr.reference.model import head_name
 from apr.taps import tap_name
 from apr.tools.checks import Check
-from apr.tools.dataflow import Layer, Seen, chain, one, step
+from apr.tools.dataflow import Layer, Seen, chain, exact, one, step
 from apr.tools.weights import Weights
 
 Grads = Mapping[str, np.ndarray]  # by parameter
+SAMPLE = 1 << 18  # elements
 
 
 def loss_checks(seen: Seen, losses: np.ndarray, targets: np.ndarray, dloss: float | None) -> Iterator[Check]:
     """The losses (N,) of the scores in `seen`, and with dloss the gradient that replaces the scores."""
     rows, flat = seen["logits"].reshape(targets.size, -1), targets.reshape(-1)
-    yield one("losses" if dloss is not None else "eval_losses", losses, "cross_entropy", logits=rows, targets=flat)
+    yield exact("losses" if dloss is not None else "eval_losses", losses, "cross_entropy", logits=rows, targets=flat)
     if dloss is not None:
         got = seen[tap_name("logits", grad=True)].reshape(rows.shape)
         yield one(tap_name("logits", grad=True), got, "dlogits", logits=rows, targets=flat, dloss=dloss)
@@ -33,11 +34,12 @@ def backward_checks(seen: Seen, grads: Grads, c: TransformerConfig, weights: Wei
                     ) -> Iterator[Check]:
     """Every gradient of a pass over ids (B, T) after the scores', in dataflow order."""
     positions, eps, head = np.arange(ids.shape[1]), c.rms_norm_eps, head_name(c)
-    last, dfinal, dlogits = tap_name("output", c.L - 1), tap_name("final_norm", grad=True), tap_name("logits", grad=True)
+    dfinal, dlogits = tap_name("final_norm", grad=True), tap_name("logits", grad=True)
+    last = tap_name("output", c.L - 1)
     yield one(dfinal, seen[dfinal], "linear_dinp", dout=seen[dlogits], weight=weights.read(head))
     if head != EMBED:
-        yield one(f"grad.{head}", grads[head], "linear_dweight", dout=seen[dlogits], x=seen["final_norm"])
-    yield one(f"grad.{NORM}", grads[NORM], "rmsnorm_dweight", dout=seen[dfinal], x=seen[last], eps=eps)
+        yield exact(f"grad.{head}", grads[head], "linear_dweight", dout=seen[dlogits], x=seen["final_norm"])
+    yield exact(f"grad.{NORM}", grads[NORM], "rmsnorm_dweight", dout=seen[dfinal], x=seen[last], eps=eps)
     top = tap_name("output", c.L - 1, True)
     yield one(top, seen[top], "rmsnorm_dinp", dout=seen[dfinal], x=seen[last], weight=weights.read(NORM), eps=eps)
     for index in reversed(range(c.L)):
@@ -50,7 +52,15 @@ def backward_checks(seen: Seen, grads: Grads, c: TransformerConfig, weights: Wei
     if head == EMBED:
         values |= {"dlogits": seen[dlogits], "normed": seen["final_norm"]}
         steps += [step("linear_dweight", "head", dout="dlogits", x="normed"), step("add", "out", a="rows", b="head")]
-    yield chain(f"grad.{EMBED}", grads[EMBED], values, *steps)
+    yield chain(f"grad.{EMBED}", grads[EMBED], values, *steps, exact=True)
+
+
+def sample(array: np.ndarray) -> np.ndarray:
+    """The elements (n,) of a large array that are checked: its beginning, its end, and one in so many between."""
+    flat = array.reshape(-1)
+    if flat.size <= 3 * SAMPLE:
+        return flat
+    return np.concatenate([flat[:SAMPLE], flat[SAMPLE:-SAMPLE:flat.size // SAMPLE], flat[-SAMPLE:]])
 
 
 def _ffn_backward(at: Layer, grads: Grads) -> Iterator[Check]:
@@ -58,7 +68,7 @@ def _ffn_backward(at: Layer, grads: Grads) -> Iterator[Check]:
         return one(at.name(stage, True), at.d(stage), op, **values)
 
     def weight(short: str, op: str, **values: Any) -> Check:
-        return one(f"grad.{at.full(short)}", grads[at.full(short)], op, **values)
+        return exact(f"grad.{at.full(short)}", grads[at.full(short)], op, **values)
 
     yield check("ffn_out", "identity", x=at.d("output"))
     yield check("ffn_swiglu", "linear_dinp", dout=at.d("ffn_out"), weight=at.w("down_proj.weight"))
@@ -80,7 +90,7 @@ def _attention_backward(at: Layer, grads: Grads, positions: np.ndarray) -> Itera
     yield one(at.name("attn_heads", True), at.d("attn_heads"), "linear_dinp", dout=at.d("attn_out"),
               weight=at.w("o_proj.weight"))
     name = at.full("o_proj.weight")
-    yield one(f"grad.{name}", grads[name], "linear_dweight", dout=at.d("attn_out"), x=at["attn_heads"])
+    yield exact(f"grad.{name}", grads[name], "linear_dweight", dout=at.d("attn_out"), x=at["attn_heads"])
     for p, stage in (("k", "k_rope"), ("q", "q_rope"), ("v", "v_bias")):
         yield one(at.name(stage, True), at.d(stage), f"attention_d{p}", dout=at.d("attn_heads"), q=at["q_rope"],
                   k=at["k_rope"], v=at["v_bias"], scale=c.HS ** -0.5)
@@ -91,7 +101,7 @@ def _attention_backward(at: Layer, grads: Grads, positions: np.ndarray) -> Itera
             values["w"] = at.w(f"{p}_norm.weight")
             name = at.full(f"{p}_norm.weight")
             yield chain(f"grad.{name}", grads[name], values, *steps,
-                        step("rmsnorm_dweight", "out", dout="turned", x="x", eps="eps"))
+                        step("rmsnorm_dweight", "out", dout="turned", x="x", eps="eps"), exact=True)
             steps.append(step("rmsnorm_dinp", "out", dout="turned", x="x", weight="w", eps="eps"))
         yield chain(at.name(f"{p}_bias", True), at.d(f"{p}_bias"), values, *steps)
 
@@ -102,12 +112,12 @@ def _input_backward(at: Layer, grads: Grads) -> Iterator[Check]:
         yield one(at.name(f"{p}_linear", True), at.d(f"{p}_linear"), "identity", x=at.d(f"{p}_bias"))
         if c.use_bias:
             name = at.full(f"{p}_proj.bias")
-            yield one(f"grad.{name}", grads[name], "bias_dbias", dout=at.d(f"{p}_linear"))
+            yield exact(f"grad.{name}", grads[name], "bias_dbias", dout=at.d(f"{p}_linear"))
         name = at.full(f"{p}_proj.weight")
-        yield one(f"grad.{name}", grads[name], "linear_dweight", dout=at.d(f"{p}_linear"), x=at["attn_norm"])
+        yield exact(f"grad.{name}", grads[name], "linear_dweight", dout=at.d(f"{p}_linear"), x=at["attn_norm"])
     yield _sum_of_products(at, "attn_norm", {p: (f"{p}_linear", f"{p}_proj.weight") for p in "qkv"})
     name = at.full("input_layernorm.weight")
-    yield one(f"grad.{name}", grads[name], "rmsnorm_dweight", dout=at.d("attn_norm"), x=at.x, eps=c.rms_norm_eps)
+    yield exact(f"grad.{name}", grads[name], "rmsnorm_dweight", dout=at.d("attn_norm"), x=at.x, eps=c.rms_norm_eps)
     below = tap_name("output", at.index - 1, True) if at.index else tap_name("embedding", grad=True)
     yield _through_norm(below, at.seen[below], at.d("attn_norm"), at.x, at.w("input_layernorm.weight"),
                         at.d("attn_residual"), c)
@@ -138,23 +148,26 @@ def optimizer_checks(specs: tuple[ParamSpec, ...], old: Mapping[str, Grads], new
                      norm: float, config: TransformerTrainConfig, count: int, lr: float) -> Iterator[Check]:
     """Update number `count`: `old` and `new` hold master, m, v by parameter; `norm` is what the GPU said it was.
 
-    The master's check is of its change, since rounding of the parameter itself would hide much.
+    The master's check is of its change, since rounding of the parameter itself would hide much. Of a large parameter
+    the elements that `sample` takes are checked.
     """
     every = np.concatenate([grads[s.name].reshape(-1) for s in specs])
-    yield one("grad_norm", np.array([norm]), "global_norm", grad=every)
+    yield exact("grad_norm", np.array([norm]), "global_norm", grad=every)
     for spec in specs:
         p = spec.name
-        values = {"g": grads[p], "norm": np.array([norm]), "max_norm": config.max_grad_norm, "beta1": config.beta1,
-                  "beta2": config.beta2, "m": old["m"][p], "v": old["v"][p], "m new": new["m"][p],
-                  "v new": new["v"][p], "lr": lr, "eps": config.adam_eps, "count": count,
-                  "decay": config.weight_decay if spec.decay else 0.0, "p": old["master"][p], "-p": -old["master"][p]}
+        m, v, master, g = sample(old["m"][p]), sample(old["v"][p]), sample(old["master"][p]), sample(grads[p])
+        m_new, v_new, master_new = (sample(new[kind][p]) for kind in ("m", "v", "master"))
+        values = {"g": g, "norm": np.array([norm]), "max_norm": config.max_grad_norm, "beta1": config.beta1,
+                  "beta2": config.beta2, "m": m, "v": v, "m new": m_new, "v new": v_new, "lr": lr,
+                  "eps": config.adam_eps, "count": count, "decay": config.weight_decay if spec.decay else 0.0,
+                  "p": master, "-p": -master}
         clip = step("clip", "factor", norm="norm", max_norm="max_norm")
-        yield chain(f"m.{p}", new["m"][p], values, clip,
-                    step("adamw_m", "out", m="m", grad="g", beta1="beta1", grad_scale="factor"))
-        yield chain(f"v.{p}", new["v"][p], values, clip,
-                    step("adamw_v", "out", v="v", grad="g", beta2="beta2", grad_scale="factor"))
-        change = np.asarray(new["master"][p], np.float64) - old["master"][p]
+        yield chain(f"m.{p}", m_new, values, clip,
+                    step("adamw_m", "out", m="m", grad="g", beta1="beta1", grad_scale="factor"), exact=True)
+        yield chain(f"v.{p}", v_new, values, clip,
+                    step("adamw_v", "out", v="v", grad="g", beta2="beta2", grad_scale="factor"), exact=True)
+        change = np.asarray(master_new, np.float64) - master
         yield chain(f"update.{p}", change, values,
                     step("adamw_param", "p new", param="p", m="m new", v="v new", lr="lr", eps="eps",
                          weight_decay="decay", step="count", beta1="beta1", beta2="beta2"),
-                    step("add", "out", a="p new", b="-p"))
+                    step("add", "out", a="p new", b="-p"), exact=True)

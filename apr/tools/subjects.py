@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from apr.block import to_host
-from apr.config import TransformerConfig, TransformerTrainConfig
+from apr.config import Sampling, TransformerConfig, TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.device import Device
 from apr.formats.source import ModelSource
@@ -48,8 +48,13 @@ class EngineSubject(_OnGpu):
                 tap(tap_name(f"{kind}_cache", layer), np.ascontiguousarray(cache.transpose(1, 0, 2))[None])
 
 
+    def generate(self, ids: list[int], count: int) -> list[int]:
+        """See bisect.Generating."""
+        return [int(step[0]) for step in self.engine.generate([ids], Sampling(self.engine.config.V), count)]
+
+
 class TrainerSubject(_OnGpu):
-    """bisect.Training: the GPU trainer, every buffer NaN before a pass, so that nothing is read that was not written."""
+    """bisect.Training: the GPU trainer, every buffer NaN before a pass, so that what was not written is not read."""
 
     def __init__(self, source: ModelSource, device: Device, precision: str) -> None:
         c: TransformerConfig = source.config
