@@ -1,0 +1,132 @@
+"""How well a hypothesis explains a result, and the search for the number of one that has a number.
+
+A number is found by projecting what is left of the difference onto the direction in which the hypothesis moves: over
+many elements that tells an effect from rounding that is larger than it in every one of them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+FEW = 3.0           # tolerances within which a hypothesis explains
+BETTER = 10.0       # times better than the truth
+DISTINCT = 100.0    # or: the squares it takes away, over the noise's, in elements
+EQUAL = 50.0        # hypotheses that differ by less than this, in elements, explain equally well
+SHARE = 0.5         # of the judged elements that a hypothesis must speak of
+STEP = 1e-4         # of a number, for the slope
+ROUNDS = 12         # of the fit at most
+SURE = 5.0          # standard errors within which a rounder number is as good
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """`explains`: relative L2 of the result against the hypothesis; `truth`: against the truth, same elements.
+
+    `size`: how many elements those are; `numbers`: how many numbers the hypothesis took from the result itself.
+    """
+
+    explains: float
+    truth: float
+    size: int
+    numbers: int = 0
+
+    def accepted(self, tolerance: float) -> bool:
+        """Whether the hypothesis explains the result: nearly all of the difference, or all but the allowed noise."""
+        if not self.explains <= FEW * tolerance:
+            return False
+        if self.explains * BETTER <= self.truth:
+            return True
+        gain = math.inf if self.explains == 0.0 else self.size * ((self.truth / self.explains) ** 2 - 1.0)
+        return self.explains <= tolerance and self.explains <= 0.8 * self.truth and gain >= DISTINCT
+
+    def equal(self, best: "Score", tolerance: float) -> bool:
+        """Whether this explains as well as the best does, up to chance."""
+        if self.explains <= 2.0 * best.explains and self.explains <= 0.1 * tolerance:
+            return True
+        if best.explains == 0.0:
+            return self.explains <= 1e-3 * tolerance
+        return self.size * ((self.explains / best.explains) ** 2 - 1.0) <= EQUAL + 2.0 * best.numbers
+
+    @property
+    def fair(self) -> float:
+        """`explains` without what numbers taken from noise explain of that noise."""
+        return self.explains * math.sqrt(self.size / max(1, self.size - self.numbers))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A result and its truth, float64 of one shape; `where` says which elements are judged."""
+
+    got: Array
+    truth: Array
+    where: Array
+    tolerance: float
+
+    def score(self, hypothesis: Array, numbers: int = 0) -> Score | None:
+        """None where the hypothesis speaks of too little."""
+        if hypothesis.shape != self.truth.shape:
+            return None
+        mask = self.where & np.isfinite(hypothesis)
+        if mask.sum() < SHARE * self.where.sum() or not mask.any():
+            return None
+        g, h, t = self.got[mask], hypothesis[mask], self.truth[mask]
+        size_h, size_t = float(np.linalg.norm(h)), float(np.linalg.norm(t))
+        explains, truth = float(np.linalg.norm(g - h)), float(np.linalg.norm(g - t))
+        return Score(explains / (size_h or size_t or 1.0), truth / (size_t or size_h or 1.0), int(mask.sum()), numbers)
+
+    def error(self, hypothesis: Array) -> float:
+        """The score's `explains`, infinite for none."""
+        score = self.score(hypothesis)
+        return math.inf if score is None or math.isnan(score.explains) else score.explains
+
+
+def best_of(case: Case, run: Callable[[float], Array], numbers: Sequence[float]) -> tuple[float, Array]:
+    """The number of these that explains best, and its hypothesis."""
+    best = (math.inf, numbers[0], np.full(case.truth.shape, np.nan))
+    for number in numbers:
+        array = run(number)
+        error = case.error(array)
+        if error < best[0]:
+            best = (error, number, array)
+    return best[1], best[2]
+
+
+def refine(case: Case, run: Callable[[float], Array], start: float, lowest: float) -> tuple[float, Array]:
+    """The number near `start`, at least `lowest`, that explains best, as round as the noise allows; its hypothesis."""
+    number, array = start, run(start)
+    error, spread = case.error(array), 0.0
+    for _ in range(ROUNDS):
+        small = STEP * abs(number) or 1e-12
+        slope = (run(number + small) - array) / small
+        mask = case.where & np.isfinite(slope) & np.isfinite(array)
+        steep = float(slope[mask] @ slope[mask])
+        if not steep > 0.0:
+            break
+        left = case.got[mask] - array[mask]
+        spread = float(np.linalg.norm(left)) / math.sqrt(max(1, int(mask.sum())) * steep)
+        step = float(left @ slope[mask]) / steep
+        for share in (1.0, 0.25, 0.05):
+            tried = max(lowest, number + share * step)
+            candidate = run(tried)
+            if (found := case.error(candidate)) < error:
+                break
+        else:
+            break
+        moved, number, array, error = abs(tried - number), tried, candidate, found
+        if moved <= 1e-9 * abs(number):
+            break
+    return rounded_number(run, number, array, SURE * spread)
+
+
+def rounded_number(run: Callable[[float], Array], number: float, array: Array, slack: float) -> tuple[float, Array]:
+    """The roundest number within `slack` of a fitted one, or within a part in 10^6; and its hypothesis."""
+    slack = max(slack, 1e-6 * abs(number))
+    for text in ("0", *(f"{number:.{digits}e}" for digits in range(6))):
+        rounder = float(text)
+        if abs(rounder - number) <= slack:
+            return rounder, run(rounder)
+    return number, array
