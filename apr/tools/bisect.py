@@ -25,7 +25,7 @@ from apr.formats.source import ModelSource
 from apr.params import ParamSpec, param_specs
 from apr.taps import Recorder, Tap
 from apr.tools.causes import Cause, contract_of, explain
-from apr.tools.checks import Check, Step, run_steps
+from apr.tools.checks import Check, run_steps
 from apr.tools.compare import difference
 from apr.tools.dataflow import decoding_checks, exact, forward_checks
 from apr.tools.formulas import FORMULAS
@@ -35,6 +35,7 @@ from apr.tools.weights import ByteFault, Weights
 LENGTH, STEPS, LONGER = 70, 8, 100  # tokens of the prompt, decoding steps, tokens of the sequence before it
 ROWS, TOKENS = 2, 33  # of the training batch
 UPDATES = 2  # the second starts from moments that are not zero
+UPLOAD = 1e-6  # relative L2 from which a pattern is looked for in a parameter that differs
 RATE = 0.05  # so large that the rounding of a parameter does not hide its change
 
 
@@ -237,13 +238,19 @@ class Bisection:
         for name, fault in self.subject.byte_faults(self.source):
             phase.checks += 1
             if fault is not None and not self.over():
-                got = self.subject.stored(specs[name]).astype(np.float32)
-                check = Check(f"upload.{name}", (Step("identity", "out", {"x": "x"}),), {"x": self.weights.read(name)},
-                              got)
-                _, finding = judge(check, phase.name, Limit(-1.0, 0.0))
-                assert finding is not None
-                phase.findings.append(finding)
+                phase.findings.append(self._upload(phase.name, specs[name], fault))
         self._end(phase, start)
+
+    def _upload(self, phase: str, spec: ParamSpec, fault: ByteFault) -> Finding:
+        """What is wrong with a parameter: which elements, and the pattern that they make if they make one."""
+        got, file = self.subject.stored(spec).astype(np.float32), self.weights.read(spec.name)
+        check, d = exact(f"upload.{spec.name}", got, "identity", x=file), difference(got, file)
+        place = ", ".join(map(str, np.unravel_index(fault.index, spec.shape)))
+        text = (f"{fault.count} of {spec.size} elements are not the file's, the first at [{place}]: {fault.gpu:g} for "
+                f"{fault.file:g}")
+        cause = explain(check, UPLOAD) or Cause("bits", "a few bits differ", None, d.relative_l2, "identity")
+        return Finding(phase, check.stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, 0.0,
+                       replace(cause, text=f"{cause.text}; {text}"), contract_of("upload", cause.kind))
 
     def _run(self, name: str, checks: Iterable[Check]) -> None:
         if self.over():

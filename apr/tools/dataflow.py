@@ -171,7 +171,8 @@ def _layer_decoding(at: Layer, before: Seen, positions: np.ndarray, n: int) -> I
                 {"x": tail("attn_residual"), "norm": at.w("post_attention_layernorm.weight"), "eps": c.rms_norm_eps,
                  "gate_w": at.w("gate_proj.weight"), "up_w": at.w("up_proj.weight")},
                 norm, step("linear", "gate", x="normed", weight="gate_w"),
-                step("linear", "up", x="normed", weight="up_w"), step("swiglu", "out", gate="gate", up="up"), exact=True)
+                step("linear", "up", x="normed", weight="up_w"), step("swiglu", "out", gate="gate", up="up"),
+                exact=True)
     yield chain(at.name("output"), tail("output"),
                 {"x": tail("attn_residual"), "act": tail("ffn_swiglu"), "w": at.w("down_proj.weight")},
                 step("linear", "branch", x="act", weight="w"), step("residual", "out", a="x", b="branch"), exact=True)
