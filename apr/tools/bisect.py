@@ -140,7 +140,8 @@ def judge(check: Check, phase: str, limit: Limit) -> tuple[float, Finding | None
     d = difference(check.got, truth)
     if d.relative_l2 <= limit.error and abs(d.scale - 1) <= limit.scale:
         return d.relative_l2, None
-    cause = explain(check, limit.error) or Cause("unknown", "no known fault makes this result", None, d.relative_l2, check.steps[-1].op)
+    cause = explain(check, limit.error) or Cause("unknown", "the scale is off by more than the limit", d.scale,
+                                                 d.relative_l2, check.steps[-1].op)
     return d.relative_l2, Finding(phase, check.stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, limit.error,
                                   cause, contract_of(cause.op, cause.kind))
 
