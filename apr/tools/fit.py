@@ -14,10 +14,11 @@ FEW = 3.0           # tolerances within which a hypothesis explains
 BETTER = 10.0       # times better than the truth
 DISTINCT = 100.0    # or: the squares it takes away, over the noise's, in elements
 EQUAL = 50.0        # hypotheses that differ by less than this, in elements, explain equally well
+TAKEN = 25.0        # elements' worth of noise that a number explains, where the noise grows with the values
 SHARE = 0.5         # of the judged elements that a hypothesis must speak of
 STEP = 1e-4         # of a number, for the slope
 ROUNDS = 12         # of the fit at most
-SURE = 5.0          # standard errors within which a rounder number is as good
+DIGITS = 6          # of a number that is called round
 
 Array = np.ndarray
 
@@ -49,7 +50,7 @@ class Score:
             return True
         if best.explains == 0.0:
             return self.explains <= 1e-3 * tolerance
-        return self.size * ((self.explains / best.explains) ** 2 - 1.0) <= EQUAL + 2.0 * best.numbers
+        return self.size * ((self.explains / best.explains) ** 2 - 1.0) <= EQUAL + TAKEN * best.numbers
 
     @property
     def fair(self) -> float:
@@ -98,7 +99,7 @@ def best_of(case: Case, run: Callable[[float], Array], numbers: Sequence[float])
 def refine(case: Case, run: Callable[[float], Array], start: float, lowest: float) -> tuple[float, Array]:
     """The number near `start`, at least `lowest`, that explains best, as round as the noise allows; its hypothesis."""
     number, array = start, run(start)
-    error, spread = case.error(array), 0.0
+    error = case.error(array)
     for _ in range(ROUNDS):
         small = STEP * abs(number) or 1e-12
         slope = (run(number + small) - array) / small
@@ -107,7 +108,6 @@ def refine(case: Case, run: Callable[[float], Array], start: float, lowest: floa
         if not steep > 0.0:
             break
         left = case.got[mask] - array[mask]
-        spread = float(np.linalg.norm(left)) / math.sqrt(max(1, int(mask.sum())) * steep)
         step = float(left @ slope[mask]) / steep
         for share in (1.0, 0.25, 0.05):
             tried = max(lowest, number + share * step)
@@ -119,14 +119,15 @@ def refine(case: Case, run: Callable[[float], Array], start: float, lowest: floa
         moved, number, array, error = abs(tried - number), tried, candidate, found
         if moved <= 1e-9 * abs(number):
             break
-    return rounded_number(run, number, array, SURE * spread)
+    return rounded_number(case, run, number, array)
 
 
-def rounded_number(run: Callable[[float], Array], number: float, array: Array, slack: float) -> tuple[float, Array]:
-    """The roundest number within `slack` of a fitted one, or within a part in 10^6; and its hypothesis."""
-    slack = max(slack, 1e-6 * abs(number))
-    for text in ("0", *(f"{number:.{digits}e}" for digits in range(6))):
-        rounder = float(text)
-        if abs(rounder - number) <= slack:
-            return rounder, run(rounder)
+def rounded_number(case: Case, run: Callable[[float], Array], number: float, array: Array) -> tuple[float, Array]:
+    """The roundest number that explains as well as the fitted one, and its hypothesis."""
+    best = case.score(array)
+    for text in ("0", *(f"{number:.{digits}e}" for digits in range(DIGITS))):
+        hypothesis = run(float(text))
+        score = case.score(hypothesis)
+        if best is not None and score is not None and score.equal(best, case.tolerance):
+            return float(text), hypothesis
     return number, array

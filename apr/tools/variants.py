@@ -78,20 +78,24 @@ def without_last(array: Any) -> Array:
     return out
 
 
-def rounded(array: Any, bits: int) -> Array:
-    """float32 values rounded to `bits` bits of mantissa, to nearest and to even: 10 for TF32, 7 for bfloat16."""
+ROUNDINGS = {"nearest even": lambda raw, drop: raw + ((1 << drop - 1) - 1) + (raw >> drop & 1),
+             "nearest, halves away from zero": lambda raw, drop: raw + (1 << drop - 1),
+             "cut off": lambda raw, drop: raw}
+
+
+def rounded(array: Any, bits: int, how: str = "nearest even") -> Array:
+    """float32 values with `bits` bits of mantissa, as float64: 10 for TF32, 7 for bfloat16; `how`: of ROUNDINGS."""
     drop = 23 - bits
-    raw = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
-    raw += np.uint64((1 << drop - 1) - 1) + (raw >> np.uint64(drop) & np.uint64(1))
-    return (raw >> np.uint64(drop) << np.uint64(drop)).astype(np.uint32).view(np.float32).astype(np.float64)
+    raw = ROUNDINGS[how](np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.int64), drop)
+    return (raw >> drop << drop).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def low_precision(op: str, *names: str) -> tuple[Variant, ...]:
     """The op on operands that lost bits on the way in: TF32 or bfloat16 where float32 was asked for."""
-    def formula(number: float, args: Args) -> Array:
-        return FORMULAS[op](**(args | {name: rounded(args[name], int(number)) for name in names}))
-    return (Variant("precision", "the operands were rounded to {number:.0f} bits of mantissa (10: TF32, 7: bfloat16)",
-                    formula, (10, 7)),)
+    def with_rounding(how: str) -> Faulty:
+        return lambda number, args: FORMULAS[op](**(args | {n: rounded(args[n], int(number), how) for n in names}))
+    return tuple(Variant("precision", "the operands have {number:.0f} bits of mantissa (10: TF32, 7: bfloat16), "
+                         f"rounded: {how}", with_rounding(how), (10, 7)) for how in ROUNDINGS)
 
 
 # Every kind of cause, and what it says; `op` of the cause names where.
