@@ -98,7 +98,7 @@ def search(check: Check, case: Case) -> Iterator[Found]:
         yield from operands(rest, case)
         known[step.out] = FORMULAS[step.op](**arguments(step, known))
     for p in patterns(case.got, case.truth, check.before, case.tolerance, case.where):
-        score = case.score(p.array, p.numbers)
+        score = case.score(p.array)
         if score is not None and score.accepted(case.tolerance):
             yield Found(Cause(p.kind, p.text, p.number, score.explains, check.steps[-1].op), score, PATTERN)
 
@@ -127,7 +127,7 @@ def tried(rest: Check, case: Case, variant: Variant) -> Iterator[Found]:
         number, array = fitted(case, variant, run, numbers) if variant.refine else best_of(case, run, numbers)
     except (NotApplicable, ValueError):  # shapes that this fault cannot have
         return
-    score = case.score(array, int(variant.refine))
+    score = case.score(array)
     if score is None or not score.accepted(case.tolerance) or (variant.refine and score.size < FEWEST):
         return
     plain = {name: float(np.asarray(value).reshape(-1)[0]) for name, value in args.items()
@@ -179,7 +179,7 @@ def simplest(found: Iterator[Found], tolerance: float, prefix: str) -> Cause | N
     every = list(found)
     if not every:
         return None
-    best = min((f.score for f in every), key=lambda s: s.fair)
+    best = min((f.score for f in every), key=lambda s: s.explains)
     chosen = min((f for f in every if f.score.equal(best, tolerance)), key=lambda f: f.rank)
     return dataclasses.replace(chosen.cause, text=prefix + chosen.cause.text)
 

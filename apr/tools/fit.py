@@ -14,7 +14,7 @@ FEW = 3.0           # tolerances within which a hypothesis explains
 BETTER = 10.0       # times better than the truth
 DISTINCT = 100.0    # or: the squares it takes away, over the noise's, in elements
 EQUAL = 50.0        # hypotheses that differ by less than this, in elements, explain equally well
-TAKEN = 25.0        # elements' worth of noise that a number explains, where the noise grows with the values
+FLOAT32 = 6e-8       # half a unit in float32's last place: below it one error is as good as another
 SHARE = 0.5         # of the judged elements that a hypothesis must speak of
 STEP = 1e-4         # of a number, for the slope
 ROUNDS = 12         # of the fit at most
@@ -27,13 +27,12 @@ Array = np.ndarray
 class Score:
     """`explains`: relative L2 of the result against the hypothesis; `truth`: against the truth, same elements.
 
-    `size`: how many elements those are; `numbers`: how many numbers the hypothesis took from the result itself.
+    `size`: how many elements those are.
     """
 
     explains: float
     truth: float
     size: int
-    numbers: int = 0
 
     def accepted(self, tolerance: float) -> bool:
         """Whether the hypothesis explains the result: nearly all of the difference, or all but the allowed noise."""
@@ -46,16 +45,11 @@ class Score:
 
     def equal(self, best: "Score", tolerance: float) -> bool:
         """Whether this explains as well as the best does, up to chance."""
-        if self.explains <= 2.0 * best.explains and self.explains <= 0.1 * tolerance:
+        if self.explains <= min(max(2.0 * best.explains, FLOAT32), 0.1 * tolerance):
             return True
         if best.explains == 0.0:
-            return self.explains <= 1e-3 * tolerance
-        return self.size * ((self.explains / best.explains) ** 2 - 1.0) <= EQUAL + TAKEN * best.numbers
-
-    @property
-    def fair(self) -> float:
-        """`explains` without what numbers taken from noise explain of that noise."""
-        return self.explains * math.sqrt(self.size / max(1, self.size - self.numbers))
+            return False
+        return self.size * ((self.explains / best.explains) ** 2 - 1.0) <= EQUAL
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Case:
     where: Array
     tolerance: float
 
-    def score(self, hypothesis: Array, numbers: int = 0) -> Score | None:
+    def score(self, hypothesis: Array) -> Score | None:
         """None where the hypothesis speaks of too little."""
         if hypothesis.shape != self.truth.shape:
             return None
@@ -77,7 +71,7 @@ class Case:
         g, h, t = self.got[mask], hypothesis[mask], self.truth[mask]
         size_h, size_t = float(np.linalg.norm(h)), float(np.linalg.norm(t))
         explains, truth = float(np.linalg.norm(g - h)), float(np.linalg.norm(g - t))
-        return Score(explains / (size_h or size_t or 1.0), truth / (size_t or size_h or 1.0), int(mask.sum()), numbers)
+        return Score(explains / (size_h or size_t or 1.0), truth / (size_t or size_h or 1.0), int(mask.sum()))
 
     def error(self, hypothesis: Array) -> float:
         """The score's `explains`, infinite for none."""

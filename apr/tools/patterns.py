@@ -16,16 +16,12 @@ ENOUGH = 0.9    # of the rows or columns must have a partner before an order is 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What the result would be (NaN: not said) under a pattern of `kind`, with its sentence and its number if any.
-
-    `numbers`: how many were taken from the result to say it.
-    """
+    """What the result would be (NaN: not said) under a pattern of `kind`, with its sentence and its number if any."""
 
     kind: str
     text: str
     array: Array
     number: float | None = None
-    numbers: int = 0
 
 
 def as_rows(array: Array) -> Array:
@@ -57,27 +53,38 @@ def patterns(got: Array, truth: Array, before: Array | None, tolerance: float, w
 
 
 def factors(got: Array, truth: Array, where: Array) -> Iterator[Pattern]:
-    """One factor; one vector for all rows; a factor for each column; for each row."""
+    """One factor; one vector for all rows; a factor for each column; for each row.
+
+    Where many numbers are taken from the result, each element is predicted from the others: what they take from noise
+    then explains none of it.
+    """
     g, t = as_rows(np.where(where, got, 0.0)), as_rows(np.where(where, truth, 0.0))
     square = float((t * t).sum())
     if square > 0.0 and t.size > 1:
         number = float((g * t).sum()) / square
         nice = float(f"{number:.3g}")
         number = nice if abs(nice - number) < 1e-4 * abs(number) else number
-        yield Pattern("scaled", f"every value is {number:.6g} times what it should be", number * truth, number, 1)
+        yield Pattern("scaled", f"every value is {number:.6g} times what it should be", number * truth, number)
     rows, columns = t.shape
     if rows >= 4 and columns > 1:
-        used = np.maximum(as_rows(where).sum(axis=0), 1)
-        vector = (g - t).sum(axis=0) / used
-        yield Pattern("shifted", f"one vector is added to every row (norm {np.linalg.norm(vector):.4g}), as a bias is",
-                      (as_rows(truth) + vector).reshape(truth.shape), None, columns)
-        gain = (g * t).sum(axis=0) / np.maximum((t * t).sum(axis=0), 1e-300)
-        yield Pattern("gains", f"each column has a factor of its own ({gain.min():.4g} to {gain.max():.4g}), as a "
-                      "norm's weight gives", (as_rows(truth) * gain).reshape(truth.shape), None, columns)
+        vector = others_mean(g - t, as_rows(where).astype(np.float64), 0)
+        size = float(np.linalg.norm(np.nan_to_num(vector[0])))
+        yield Pattern("shifted", f"one vector is added to every row (norm {size:.4g}), as a bias is",
+                      (as_rows(truth) + vector).reshape(truth.shape))
+        gain = others_mean(g * t, t * t, 0)
+        yield Pattern("gains", f"each column has a factor of its own ({np.nanmin(gain):.4g} to {np.nanmax(gain):.4g}), "
+                      "as a norm's weight gives", (as_rows(truth) * gain).reshape(truth.shape))
     if columns >= 8 and rows > 1:
-        factor = (g * t).sum(axis=1, keepdims=True) / np.maximum((t * t).sum(axis=1, keepdims=True), 1e-300)
-        yield Pattern("row_factors", f"each row has a factor of its own ({factor.min():.4g} to {factor.max():.4g}), "
-                      "as a norm gives", (as_rows(truth) * factor).reshape(truth.shape), None, rows)
+        factor = others_mean(g * t, t * t, 1)
+        yield Pattern("row_factors", f"each row has a factor of its own ({np.nanmin(factor):.4g} to "
+                      f"{np.nanmax(factor):.4g}), as a norm gives", (as_rows(truth) * factor).reshape(truth.shape))
+
+
+def others_mean(values: Array, weights: Array, axis: int) -> Array:
+    """For each element the sum of the other values along an axis over that of their weights; NaN for no weight."""
+    below = weights.sum(axis=axis, keepdims=True) - weights
+    above = values.sum(axis=axis, keepdims=True) - values
+    return np.where(below > 1e-12 * weights.sum(axis=axis, keepdims=True), above / below, np.nan)
 
 
 LAYOUTS: dict[int, dict[tuple[int, ...], str]] = {  # by dimensions: the order in memory, in words

@@ -4,6 +4,7 @@ The tables are data: variants_forward.py, variants_backward.py and variants_atte
 A variant that cannot say what an element would be (the row beyond the last) says NaN there, and is not judged by it.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,13 @@ class Variant:
 
 
 def changed(op: str, **changes: Change) -> Faulty:
-    """The op's own formula with some of its arguments changed: each by a function of the number and the arguments."""
-    return lambda number, args: FORMULAS[op](**(args | {name: f(number, args) for name, f in changes.items()}))
+    """The op's own formula with some of its arguments changed: each by a function of the number and the arguments.
+
+    What the arguments hold beside the op's own (Variant.needs) is for those functions.
+    """
+    own = inspect.signature(FORMULAS[op]).parameters
+    return lambda number, args: FORMULAS[op](**{
+        name: changes[name](number, args) if name in changes else args[name] for name in own})
 
 
 def times(op: str, factor: float | None = None) -> Faulty:
