@@ -67,7 +67,7 @@ def explain(check: Check, tolerance: float) -> Cause | None:
         if relative(got, truth)[0] <= tolerance:
             return None
         case = Case(got, truth, np.isfinite(got) & np.isfinite(truth), tolerance)
-        return simplest(search(check, case), tolerance, "") or local(check, case) or unknown(case, op)
+        return chosen(check, case)
 
 
 def of_values(got: Array, truth: Array, op: str) -> Cause | None:
@@ -174,14 +174,24 @@ def operands(rest: Check, case: Case) -> Iterator[Found]:
                                   score.explains, step.op), score, OPERAND)
 
 
-def simplest(found: Iterator[Found], tolerance: float, prefix: str) -> Cause | None:
-    """The simplest of those that explain as well as the best; its text after the prefix."""
+def chosen(check: Check, case: Case) -> Cause:
+    """A fault of an op that explains the whole result; else what explains its wrong rows or columns; else a pattern."""
+    whole = simplest(search(check, case), case.tolerance)
+    if whole is not None and whole.rank < PATTERN:
+        return whole.cause
+    part = local(check, case)
+    if part is not None and part.kind not in ("rows", "columns"):
+        return part
+    return whole.cause if whole is not None else part or unknown(case, check.steps[-1].op)
+
+
+def simplest(found: Iterator[Found], tolerance: float) -> Found | None:
+    """The simplest of those that explain as well as the best."""
     every = list(found)
     if not every:
         return None
     best = min((f.score for f in every), key=lambda s: s.explains)
-    chosen = min((f for f in every if f.score.equal(best, tolerance)), key=lambda f: f.rank)
-    return dataclasses.replace(chosen.cause, text=prefix + chosen.cause.text)
+    return min((f for f in every if f.score.equal(best, tolerance)), key=lambda f: f.rank)
 
 
 def wrong(case: Case, axis: int) -> Array | None:
@@ -207,10 +217,12 @@ def local(check: Check, case: Case) -> Cause | None:
         rows[numbers if axis == 0 else (slice(None), numbers)] = True
         part = dataclasses.replace(case, where=rows.reshape(case.got.shape) & case.where)
         place = f"{kind} {spans(numbers)} of {rows.shape[axis]}"
-        cause = simplest(search(check, part), case.tolerance, f"in {place} only: ")
+        found = simplest(search(check, part), case.tolerance)
+        if found is not None:
+            return dataclasses.replace(found.cause, text=f"in {place} only: {found.cause.text}")
         error, scale = relative(case.got[part.where], case.truth[part.where])
-        return cause or Cause(kind, f"only {place} are wrong: relative L2 {error:.2e}, scale {scale:.4g}", float(
-            numbers.size), error, check.steps[-1].op)
+        return Cause(kind, f"only {place} are wrong: relative L2 {error:.2e}, scale {scale:.4g}", float(numbers.size),
+                     error, check.steps[-1].op)
     return None
 
 
