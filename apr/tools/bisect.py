@@ -26,10 +26,10 @@ from apr.params import ParamSpec, param_specs
 from apr.taps import Recorder, Tap
 from apr.tools.causes import Cause, contract_of, explain
 from apr.tools.checks import Check, run_steps
-from apr.tools.compare import difference
+from apr.tools.compare import Difference, difference
 from apr.tools.dataflow import decoding_checks, exact, forward_checks
 from apr.tools.formulas import FORMULAS
-from apr.tools.gradient_flow import backward_checks, loss_checks, optimizer_checks
+from apr.tools.gradient_flow import backward_checks, loss_checks, optimizer_checks, sample
 from apr.tools.weights import ByteFault, Weights
 
 LENGTH, STEPS, LONGER = 70, 8, 100  # tokens of the prompt, decoding steps, tokens of the sequence before it
@@ -142,8 +142,12 @@ def judge(check: Check, phase: str, limit: Limit) -> tuple[float, Finding | None
         return d.relative_l2, None
     cause = explain(check, limit.error) or Cause("unknown", "the scale is off by more than the limit", d.scale,
                                                  d.relative_l2, check.steps[-1].op)
-    return d.relative_l2, Finding(phase, check.stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, limit.error,
-                                  cause, contract_of(cause.op, cause.kind))
+    return d.relative_l2, finding_of(phase, check.stage, d, limit.error, cause, contract_of(cause.op, cause.kind))
+
+
+def finding_of(phase: str, stage: str, d: Difference, limit: float, cause: Cause, contract: str) -> Finding:
+    """The finding of a stage that differs by `d`."""
+    return Finding(phase, stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, limit, cause, contract)
 
 
 class Bisection:
@@ -188,16 +192,25 @@ class Bisection:
         self._run("H4D.2 prompt", forward_checks({name: a[:, :n] for name, a in seen.items()}, self.c, self.weights,
                                                  array[:, :n]))
         self._run("H4D.2 decoding", decoding_checks(seen, before.arrays(), self.c, self.weights, array, n))
-        self._run("H4D.2 generation", self._generated(subject, ids[:n], total - n))
+        self._generation(subject, ids[:n], total - n)
 
-    def _generated(self, subject: Generating, prompt: list[int], count: int) -> Iterator[Check]:
-        """Chosen tokens against scores of the same text as one prompt, a stage found right: each had the largest."""
+    def _generation(self, subject: Generating, prompt: list[int], count: int) -> None:
+        """Tokens that `generate` chose against the scores of decoding, a stage found right: each had the largest."""
         if self.over():
             return
+        start, phase, first = time.monotonic(), self._begin("H4D.2 generation"), len(prompt) - 1
         tokens, recorder = subject.generate(prompt, count), Recorder()
-        subject.record(prompt + tokens, len(prompt) + len(tokens), recorder)
-        scores = recorder.arrays()["logits"][0, len(prompt) - 1:-1]
-        yield exact("generated", scores[np.arange(len(tokens)), tokens], "identity", x=scores.max(-1))
+        subject.record(prompt + tokens, first, recorder)
+        scores = recorder.arrays()["logits"][0, first:-1]
+        chosen = scores[np.arange(len(tokens)), tokens]
+        d, wrong = difference(chosen, scores.max(-1)), np.flatnonzero(chosen < scores.max(-1))
+        phase.checks = len(tokens)
+        if wrong.size or len(tokens) != count:
+            where = int(wrong[0]) if wrong.size else len(tokens)
+            text = f"{len(tokens)} of {count} tokens, token {where} and {max(wrong.size - 1, 0)} more not the likeliest"
+            cause = Cause("tokens", text, float(where), d.relative_l2, "sampling")
+            phase.findings.append(finding_of(phase.name, "generated", d, 0.0, cause, "sampling-v1"))
+        self._end(phase, start)
 
     def training(self, subject: Training) -> None:
         """Forward, loss, backward and updates. Raises as the trainer."""
@@ -229,8 +242,9 @@ class Bisection:
             new = subject.state()
             yield from optimizer_checks(specs, old, new, new["grads"], norm, subject.config, count, RATE)
             for spec in specs if subject.precision == "bf16" else ():
-                yield exact(f"rounded.{spec.name}", subject.stored(spec).astype(np.float32), "identity",
-                            x=new["master"][spec.name].astype(subject.stored(spec).dtype).astype(np.float32))
+                stored = sample(subject.stored(spec))
+                yield exact(f"rounded.{spec.name}", stored.astype(np.float32), "identity",
+                            x=sample(new["master"][spec.name]).astype(stored.dtype).astype(np.float32))
             old = new
 
     def _uploads(self) -> None:
@@ -250,8 +264,8 @@ class Bisection:
         text = (f"{fault.count} of {spec.size} elements are not the file's, the first at [{place}]: {fault.gpu:g} for "
                 f"{fault.file:g}")
         cause = explain(check, UPLOAD) or Cause("bits", "a few bits differ", None, d.relative_l2, "identity")
-        return Finding(phase, check.stage, d.relative_l2, d.scale, d.max_abs, d.nans + d.infs, 0.0,
-                       replace(cause, text=f"{cause.text}; {text}"), contract_of("upload", cause.kind))
+        return finding_of(phase, check.stage, d, 0.0, replace(cause, text=f"{cause.text}; {text}"),
+                          contract_of("upload", cause.kind))
 
     def _run(self, name: str, checks: Iterable[Check]) -> None:
         if self.over():

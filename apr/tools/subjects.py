@@ -19,9 +19,14 @@ from apr.train.cuda_trainer import CudaTransformerTrainer
 
 
 class _OnGpu:
-    """A model whose parameters can be read back."""
+    """A model whose parameters can be read back. Its kernel cache is thawed: a kernel that is new because of a fault,
+    as of another eps, shall run, so that its stage can be named.
+    """
 
     net: Model
+
+    def _thaw(self) -> None:
+        self.net.dev.cache.frozen = False
 
     def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
         """As weights.byte_faults."""
@@ -37,6 +42,7 @@ class EngineSubject(_OnGpu):
 
     def __init__(self, engine: CudaEngine) -> None:
         self.engine, self.net, self.precision, self.S = engine, engine.net, engine.precision, engine.S
+        self._thaw()
 
     def record(self, ids: list[int], cached: int, tap: Tap) -> None:
         """See bisect.Generating."""
@@ -65,6 +71,7 @@ class TrainerSubject(_OnGpu):
         params = {name: source.read(name).astype(np.float32, copy=False) for name in source.shapes}
         self.trainer = CudaTransformerTrainer.with_model(c, params, self.config, device, graphs=False, poison=True)
         self.net = self.trainer.net
+        self._thaw()
 
     def gradients(self, batch: LMBatch, dloss: float, tap: Tap) -> np.ndarray:
         """See bisect.Training."""

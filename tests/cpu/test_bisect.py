@@ -155,6 +155,15 @@ def test_stale_keys_are_named(monkeypatch):
     assert (decoding[0].stage, decoding[0].cause.kind) == ("L00.k_cache", "stale")
 
 
+def test_generation_that_starts_elsewhere_is_named():
+    def prepare(subject):
+        right = subject.generate
+        subject.generate = lambda ids, count: right(ids[:-1], count)  # one token too early
+
+    found = search(HostEngine, "llama", prepare=prepare).findings
+    assert (found[0].phase, found[0].stage, found[0].cause.kind) == ("H4D.2 generation", "generated", "tokens")
+
+
 def off_by_one(logits, targets, dloss):
     """Cross-entropy that reads the next row's target."""
     return cross_entropy_forward_backward(logits, np.roll(targets, -1), dloss)
