@@ -46,9 +46,8 @@ class HostEngine(Host):
         """See bisect.Generating."""
         self.cache.lengths[0] = 0
         self.engine.scores([ids], [cached], tap)
-        for layer in range(self.model.L):
-            tap(tap_name("k_cache", layer), self.cache.k[layer, :, :len(ids)])
-            tap(tap_name("v_cache", layer), self.cache.v[layer, :, :len(ids)])
+        return {tap_name(f"{kind}_cache", layer): array[layer, :, :len(ids)].copy() for layer in range(self.model.L)
+                for kind, array in (("k", self.cache.k), ("v", self.cache.v))}
 
 
     def generate(self, ids, count):

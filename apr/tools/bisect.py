@@ -104,8 +104,11 @@ class Generating(Subject, Protocol):
 
     S: int
 
-    def record(self, ids: list[int], cached: int, tap: Tap) -> None:
-        """ids through slot 0, the first `cached` as a prompt; the tap also sees `k_cache`, `v_cache` of each layer."""
+    def record(self, ids: list[int], cached: int, tap: Tap | None) -> dict[str, np.ndarray]:
+        """ids through slot 0, the first `cached` as a prompt.
+
+        Returns what is then in the cache, by `L00.k_cache`, `L00.v_cache` and so on: (1, T, NKV, HS).
+        """
 
     def generate(self, ids: list[int], count: int) -> list[int]:
         """The tokens that follow ids, the likeliest each time, by the path that `apr run` takes."""
@@ -185,13 +188,13 @@ class Bisection:
         total = min(LENGTH + STEPS, max(longest - 1, 2))
         n = total - min(STEPS, total - 1)
         ids = self._ids(total)
-        before, now = Recorder(), Recorder()
-        subject.record(self._ids(min(LONGER, longest)), min(LONGER, longest), before)
-        subject.record(ids, n, now)
-        array, seen = np.array([ids]), now.arrays()
+        before = subject.record(self._ids(min(LONGER, longest)), 0, None)  # by decoding, so that the cache is full
+        recorder = Recorder()
+        cache = subject.record(ids, n, recorder)
+        array, seen = np.array([ids]), {**recorder.arrays(), **cache}
         self._run("H4D.2 prompt", forward_checks({name: a[:, :n] for name, a in seen.items()}, self.c, self.weights,
                                                  array[:, :n]))
-        self._run("H4D.2 decoding", decoding_checks(seen, before.arrays(), self.c, self.weights, array, n))
+        self._run("H4D.2 decoding", decoding_checks(seen, before, self.c, self.weights, array, n))
         self._generation(subject, ids[:n], total - n)
 
     def _generation(self, subject: Generating, prompt: list[int], count: int) -> None:

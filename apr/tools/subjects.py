@@ -44,15 +44,15 @@ class EngineSubject(_OnGpu):
         self.engine, self.net, self.precision, self.S = engine, engine.net, engine.precision, engine.S
         self._thaw()
 
-    def record(self, ids: list[int], cached: int, tap: Tap) -> None:
+    def record(self, ids: list[int], cached: int, tap: Tap | None) -> dict[str, np.ndarray]:
         """See bisect.Generating."""
-        e = self.engine
+        e, kept = self.engine, {}
         e.scores([ids], [cached], tap)
         for layer in range(e.config.L):
             for kind in "kv":
                 cache = to_host(e.dev, e.arena[f"{kind}_cache"][layer, 0])[:, :len(ids)]
-                tap(tap_name(f"{kind}_cache", layer), np.ascontiguousarray(cache.transpose(1, 0, 2))[None])
-
+                kept[tap_name(f"{kind}_cache", layer)] = np.ascontiguousarray(cache.transpose(1, 0, 2))[None]
+        return kept
 
     def generate(self, ids: list[int], count: int) -> list[int]:
         """See bisect.Generating."""

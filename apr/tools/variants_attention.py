@@ -34,10 +34,12 @@ def first_of_group(nh: int, nkv: int) -> Array:
 @dataclass(frozen=True)
 class Attention:
     """How attention is done: each field is what a fault changes. `ahead`: how many later keys a query sees, at least
-    the first key; `keys`: how many are read at all; `read`: the key/value head of a query head; `total`: the one that
-    its gradient is added to."""
+    the first key; `padding`: keys and values of zeros after the last, as a tile has them; `keys`: how many are read at
+    all; `read`: the key/value head of a query head; `total`: the one that its gradient is added to; `saved`: backward
+    takes the softmax's sums, and its mean terms, from a forward pass that was right."""
 
     ahead: int = 0
+    padding: int = 0
     keys: int = MANY
     read: HeadMap = grouped
     total: HeadMap = grouped
@@ -45,20 +47,31 @@ class Attention:
     stable: bool = True
     mean_term: bool = True
     scaled_gradient: bool = True
+    saved: bool = False
+
+    def scores(self, q: Array, k: Array, scale: float) -> Array:
+        """(B, NH, T, S), -inf where a query does not see a key."""
+        t, s, nh = q.shape[1], k.shape[1], q.shape[2]
+        score = scale * np.einsum("bthd,bshd->bhts", q, k[:, :, self.read(nh, k.shape[2])], optimize=True)
+        last = np.maximum(np.arange(t)[:, None] + s - self.padding - t + self.ahead, 0)
+        score[..., (np.arange(s) > last) | (np.arange(s) >= self.keys)] = -np.inf
+        return score
 
     def prob(self, q: Array, k: Array, scale: float) -> Array:
         """(B, NH, T, S)."""
-        t, s, nh = q.shape[1], k.shape[1], q.shape[2]
-        score = scale * np.einsum("bthd,bshd->bhts", q, k[:, :, self.read(nh, k.shape[2])], optimize=True)
-        last = np.maximum(np.arange(t)[:, None] + s - t + self.ahead, 0)
-        score[..., (np.arange(s) > last) | (np.arange(s) >= self.keys)] = -np.inf
+        score = self.scores(q, k, scale)
         with np.errstate(over="ignore", invalid="ignore"):
+            if self.saved:
+                right = RIGHT.scores(q, k, scale)
+                top = right.max(axis=-1, keepdims=True)
+                return np.exp(score - top) / np.exp(right - top).sum(axis=-1, keepdims=True)
             score = np.exp(score - (score.max(axis=-1, keepdims=True) if self.stable else 0.0))
             return score / score.sum(axis=-1, keepdims=True) if self.normalised else score
 
     def forward(self, args: Args, scale: float | None = None) -> Array:
         """The result (B, T, NH*HS) of formulas.attention's arguments."""
         q, k, v = (wide(args[name]) for name in "qkv")
+        k, v = (np.pad(x, ((0, 0), (0, self.padding), (0, 0), (0, 0))) for x in (k, v))
         prob = self.prob(q, k, args["scale"] if scale is None else scale)
         return flat(np.einsum("bhts,bshd->bthd", prob, v[:, :, self.read(q.shape[2], v.shape[2])], optimize=True))
 
@@ -71,7 +84,11 @@ class Attention:
             return self.by_key_head(np.einsum("bhts,bthd->bshd", prob, dout, optimize=True), nkv)
         dscore = np.einsum("bthd,bshd->bhts", dout, v[:, :, read], optimize=True)
         if self.mean_term:
-            dscore -= np.einsum("bhts,bhts->bht", dscore, prob)[..., None]
+            mean = prob * dscore
+            if self.saved:
+                mean = RIGHT.prob(q, k, scale) * np.einsum("bthd,bshd->bhts", dout, v[:, :, RIGHT.read(
+                    q.shape[2], nkv)], optimize=True)
+            dscore -= mean.sum(axis=-1, keepdims=True)
         dscore *= prob * (scale if self.scaled_gradient else 1.0)
         if which == "q":
             return np.einsum("bhts,bshd->bthd", dscore, k[:, :, read], optimize=True)
@@ -84,6 +101,9 @@ class Attention:
         for head in range(nkv):
             out[:, :, head] = of_query_heads[:, :, to == head].sum(axis=2)
         return out
+
+
+RIGHT = Attention()
 
 
 def forward(**fault: object) -> Faulty:
@@ -123,6 +143,8 @@ def masks(of: Callable[..., Faulty]) -> tuple[Variant, ...]:
 
 ATTENTION = (
     *masks(forward),
+    Variant("mask_ahead", "a query sees the next key, the last one a key of zeros: the causal mask is one too far",
+            forward(ahead=1, padding=1)),
     Variant("not_normalised", "the softmax is not divided by its sum", forward(normalised=False)),
     Variant("not_normalised", "the softmax is the exponential alone, without its maximum and sum",
             forward(normalised=False, stable=False)),
@@ -153,7 +175,7 @@ def gradient(which: str) -> tuple[Variant, ...]:
             Variant("group_sum", f"d{which} has the first head of each group only", of(total=first_of_group)),
         ]
     return (
-        *masks(of), *own, *low_precision(f"attention_d{which}", "dout", "q", "k", "v"),
+        *masks(of), *masks(partial(of, saved=True)), *own, *low_precision(f"attention_d{which}", "dout", "q", "k", "v"),
         Variant("scale", "the scores' scale is {number:.6g}, 1/sqrt(HS) is {scale:.6g}",
                 lambda n, a: Attention().backward(which, a, n), scales, refine=True),
     )
