@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from apr.errors import ShapeError
 from apr.tools.checks import Check, Formula, Step, run_steps
 from apr.tools.compare import relative
 from apr.tools.fit import Case, Score, best_of, refine
@@ -27,6 +28,8 @@ Array = np.ndarray
 VARIANTS: dict[str, tuple[Variant, ...]] = FORWARD | ATTENTIONS | BACKWARD
 PLAIN, FITTED, OPERAND, PATTERN = range(4)  # from the simplest explanation to the last resort
 FEWEST = 8  # elements from which a number is fitted
+COARSE = 1e-3  # the tolerance from which operands of fewer bits are meant, not a fault
+REFUSED = (NotApplicable, ValueError, IndexError, ShapeError)  # what a fault that these values cannot have raises
 ROW = 5.0  # tolerances beyond which a row or column is wrong
 
 
@@ -111,7 +114,8 @@ def arguments(step: Step, values: Mapping[str, Any]) -> dict[str, Any]:
 def tried(rest: Check, case: Case, variant: Variant) -> Iterator[Found]:
     """The variant of the first step of `rest`, with the number that explains best, if that explains."""
     step = rest.steps[0]
-    if any(name not in rest.values for name in variant.needs):
+    if any(name not in rest.values for name in variant.needs) or (
+            variant.kind == "precision" and case.tolerance >= COARSE):
         return
     extra = {name: rest.values[name] for name in variant.needs}
     args = arguments(step, rest.values)
@@ -125,7 +129,7 @@ def tried(rest: Check, case: Case, variant: Variant) -> Iterator[Found]:
         if not len(numbers):
             return
         number, array = fitted(case, variant, run, numbers) if variant.refine else best_of(case, run, numbers)
-    except (NotApplicable, ValueError):  # shapes that this fault cannot have
+    except REFUSED:
         return
     score = case.score(array)
     if score is None or not score.accepted(case.tolerance) or (variant.refine and score.size < FEWEST):
@@ -168,7 +172,10 @@ def operands(rest: Check, case: Case) -> Iterator[Found]:
                 continue
             given = dict(step.given) | {argument: other}
             changed = dataclasses.replace(rest, steps=(dataclasses.replace(step, given=given), *rest.steps[1:]))
-            score = case.score(np.asarray(run_steps(changed, FORMULAS), np.float64))
+            try:
+                score = case.score(np.asarray(run_steps(changed, FORMULAS), np.float64))
+            except REFUSED:
+                continue
             if score is not None and score.accepted(case.tolerance):
                 yield Found(Cause("operand", f"{step.op} reads {other} where it should read {name}", None,
                                   score.explains, step.op), score, OPERAND)

@@ -7,6 +7,7 @@ many elements that tells an effect from rounding that is larger than it in every
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -18,6 +19,7 @@ FLOAT32 = 6e-8       # half a unit in float32's last place: below it one error i
 SHARE = 0.5         # of the judged elements that a hypothesis must speak of
 STEP = 1e-4         # of a number, for the slope
 ROUNDS = 12         # of the fit at most
+SETTLED = 0.999     # of the error before: a round that leaves more was the last
 DIGITS = 6          # of a number that is called round
 
 Array = np.ndarray
@@ -66,20 +68,31 @@ class Case:
     where: Array
     tolerance: float
 
+    @cached_property
+    def of_truth(self) -> tuple[float, float]:
+        """|got - truth| and |truth| over the judged elements."""
+        return self.distance(self.truth, self.where)
+
+    def distance(self, array: Array, mask: Array) -> tuple[float, float]:
+        """|got - array| and |array| over the elements of a mask."""
+        if mask.all():
+            g, a = self.got.reshape(-1), array.reshape(-1)
+        else:
+            g, a = self.got[mask], array[mask]
+        left = g - a
+        return dot(left, left) ** 0.5, dot(a, a) ** 0.5
+
     def score(self, hypothesis: Array) -> Score | None:
         """None where the hypothesis speaks of too little."""
         if hypothesis.shape != self.truth.shape:
             return None
         mask = self.where & np.isfinite(hypothesis)
-        if mask.sum() < SHARE * self.where.sum() or not mask.any():
+        judged, size = int(self.where.sum()), int(mask.sum())
+        if size == 0 or size < SHARE * judged:
             return None
-        g, h, t = self.got[mask], hypothesis[mask], self.truth[mask]
-        size_h, size_t = dot(h, h) ** 0.5, dot(t, t) ** 0.5
-        left = g - h
-        explains = dot(left, left) ** 0.5
-        np.subtract(g, t, out=left)
-        truth = dot(left, left) ** 0.5
-        return Score(explains / (size_h or size_t or 1.0), truth / (size_t or size_h or 1.0), int(mask.sum()))
+        explains, size_h = self.distance(hypothesis, mask)
+        truth, size_t = self.of_truth if size == judged else self.distance(self.truth, mask)
+        return Score(explains / (size_h or size_t or 1.0), truth / (size_t or size_h or 1.0), size)
 
     def error(self, hypothesis: Array) -> float:
         """The score's `explains`, infinite for none."""
@@ -118,8 +131,9 @@ def refine(case: Case, run: Callable[[float], Array], start: float, lowest: floa
                 break
         else:
             break
-        moved, number, array, error = abs(tried - number), tried, candidate, found
-        if moved <= 1e-9 * abs(number):
+        settled = found > SETTLED * error
+        number, array, error = tried, candidate, found
+        if settled:
             break
     return rounded_number(case, run, number, array)
 
@@ -127,9 +141,11 @@ def refine(case: Case, run: Callable[[float], Array], start: float, lowest: floa
 def rounded_number(case: Case, run: Callable[[float], Array], number: float, array: Array) -> tuple[float, Array]:
     """The roundest number that explains as well as the fitted one, and its hypothesis."""
     best = case.score(array)
+    if best is None or not best.accepted(case.tolerance):
+        return number, array
     for text in ("0", *(f"{number:.{digits}e}" for digits in range(DIGITS))):
         hypothesis = run(float(text))
         score = case.score(hypothesis)
-        if best is not None and score is not None and score.equal(best, case.tolerance):
+        if score is not None and score.equal(best, case.tolerance):
             return float(text), hypothesis
     return number, array

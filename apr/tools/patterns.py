@@ -48,8 +48,9 @@ def patterns(got: Array, truth: Array, before: Array | None, tolerance: float, w
     if min(as_rows(got).shape[0], MATCHED) > 1:
         yield from orders(got, truth, tolerance)
     yield from factors(got, truth, where)
-    yield Pattern("precision", "the result was rounded to 7 bits of mantissa, as bfloat16 does", rounded(truth, 7))
-    yield Pattern("precision", "the result was rounded to 10 bits of mantissa, as TF32 does", rounded(truth, 10))
+    for bits, name in ((10, "TF32"), (7, "bfloat16")):
+        yield Pattern("precision", f"the result was rounded to {bits} bits of mantissa, as {name} does",
+                      rounded(truth, bits).astype(np.float64), bits)
 
 
 def factors(got: Array, truth: Array, where: Array) -> Iterator[Pattern]:

@@ -84,16 +84,16 @@ def without_last(array: Any) -> Array:
     return out
 
 
-ROUNDINGS = {"nearest even": lambda raw, drop: raw + ((1 << drop - 1) - 1) + (raw >> drop & 1),
-             "nearest, halves away from zero": lambda raw, drop: raw + (1 << drop - 1),
-             "cut off": lambda raw, drop: raw}
+ROUNDINGS: dict[str, Callable[[Array, int], Any]] = {
+    "nearest even": lambda raw, drop: ((1 << drop - 1) - 1) + (raw >> drop & 1),
+    "nearest, halves away from zero": lambda raw, drop: 1 << drop - 1, "cut off": lambda raw, drop: 0}
 
 
 def rounded(array: Any, bits: int, how: str = "nearest even") -> Array:
-    """float32 values with `bits` bits of mantissa, as float64: 10 for TF32, 7 for bfloat16; `how`: of ROUNDINGS."""
+    """float32 with `bits` bits of mantissa: 10 for TF32, 7 for bfloat16; `how`: of ROUNDINGS, what is added first."""
     drop = 23 - bits
-    raw = ROUNDINGS[how](np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.int64), drop)
-    return (raw >> drop << drop).astype(np.uint32).view(np.float32).astype(np.float64)
+    raw = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    return ((raw + np.asarray(ROUNDINGS[how](raw, drop), np.uint32)) >> drop << drop).view(np.float32)
 
 
 def low_precision(op: str, *names: str) -> tuple[Variant, ...]:
