@@ -223,7 +223,7 @@ def local(check: Check, case: Case) -> Cause | None:
         rows: Array = np.zeros(as_rows(case.got).shape, bool)
         rows[numbers if axis == 0 else (slice(None), numbers)] = True
         part = dataclasses.replace(case, where=rows.reshape(case.got.shape) & case.where)
-        place = f"{kind} {spans(numbers)} of {rows.shape[axis]}"
+        place = named_place(case.got, axis, numbers)
         found = simplest(search(check, part), case.tolerance)
         if found is not None:
             return dataclasses.replace(found.cause, text=f"in {place} only: {found.cause.text}")
@@ -231,6 +231,19 @@ def local(check: Check, case: Case) -> Cause | None:
         return Cause(kind, f"only {place} are wrong: relative L2 {error:.2e}, scale {scale:.4g}", float(numbers.size),
                      error, check.steps[-1].op)
     return None
+
+
+def named_place(array: Array, axis: int, numbers: Array) -> str:
+    """Which rows or columns of an array these are; elements where it has no columns, heads where they are whole."""
+    count = as_rows(array).shape[axis]
+    if axis == 0:
+        return f"{'elements' if array.ndim == 1 else 'rows'} {spans(numbers)} of {count}"
+    if array.ndim == 4:
+        size = array.shape[3]
+        owners, each = np.unique(numbers // size, return_counts=True)
+        if (each == size).all():
+            return f"heads {spans(owners)} of {array.shape[2]}"
+    return f"columns {spans(numbers)} of {count}"
 
 
 def unknown(case: Case, op: str) -> Cause:

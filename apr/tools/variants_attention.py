@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from apr.tools.formulas import FORMULAS, Array, flat, wide
-from apr.tools.variants import Args, Faulty, Variant, changed, low_precision
+from apr.tools.variants import Args, Faulty, Variant, changed
 
 SCALES = tuple(2.0 ** (e / 2) for e in range(-18, 5))
 KEYS_TRIED = 64  # numbers of keys at most that a fault is supposed to stop at
@@ -150,7 +150,6 @@ ATTENTION = (
             forward(normalised=False, stable=False)),
     Variant("exchanged", "keys and values are exchanged",
             changed("attention", k=lambda n, a: a["v"], v=lambda n, a: a["k"])),
-    *low_precision("attention", "q", "k", "v"),
     Variant("keys_ignored", "only the first {number:.0f} keys are read",
             lambda n, a: Attention(keys=int(n)).forward(a), fewer_keys),
     Variant("scale", "the scores' scale is {number:.6g}, 1/sqrt(HS) is {scale:.6g}",
@@ -161,29 +160,25 @@ ATTENTION = (
 def gradient(which: str) -> tuple[Variant, ...]:
     """The faults of dq, dk or dv."""
     of = partial(backward, which)
-    exchanged = {"q": ("dk", "k"), "k": ("dv", "v"), "v": ("dk", "k")}[which]
-    own = [Variant("exchanged", f"this is {exchanged[0]}, not d{which}",
-                   lambda n, a: same_size(FORMULAS[f"attention_{exchanged[0]}"](**a), a[which]))]
+    own = []
     if which != "v":
         own += [
             Variant("mean_term_missing", "the softmax's gradient lacks its mean term", of(mean_term=False)),
             Variant("scale", f"d{which} lacks the scale", of(scaled_gradient=False)),
         ]
     if which != "q":
+        other = "v" if which == "k" else "k"
         own += [
+            Variant("exchanged", f"this is d{other}, not d{which}",
+                    lambda n, a: FORMULAS[f"attention_d{other}"](**a)),
             Variant("group_sum", f"d{which} is summed over the heads h % NKV, not h // G", of(total=interleaved)),
             Variant("group_sum", f"d{which} has the first head of each group only", of(total=first_of_group)),
         ]
     return (
-        *masks(of), *masks(partial(of, saved=True)), *own, *low_precision(f"attention_d{which}", "dout", "q", "k", "v"),
+        *masks(of), *masks(partial(of, saved=True)), *own,
         Variant("scale", "the scores' scale is {number:.6g}, 1/sqrt(HS) is {scale:.6g}",
                 lambda n, a: Attention().backward(which, a, n), scales, refine=True),
     )
-
-
-def same_size(array: Array, like: Array) -> Array:
-    """The array if it has the shape of `like`, else NaN: it says nothing."""
-    return array if array.shape == like.shape else np.full(like.shape, np.nan)
 
 
 ATTENTIONS = {"attention": ATTENTION, **{f"attention_d{which}": gradient(which) for which in "qkv"}}

@@ -154,8 +154,20 @@ def test_a_part_of_the_result(rng):
     got[1] = normal(rng, 16, 64)
     cause = cause_of("linear", args, got, FP32_PRODUCTS)
     assert cause.kind == "rows" and "only rows 16..31 of 32" in cause.text
+    got = y.copy()
+    got[1, 15] = y[1, 14]
+    cause = cause_of("linear", args, got)
+    assert cause.kind == "displaced" and cause.text == "in rows 31 of 32 only: row i holds row i -1"
+
+
+def test_a_part_of_the_heads_or_sequences(rng):
     args = {"x": normal(rng, 2, 9, 3, 32), "positions": np.arange(9), "theta": 1e4, "scaling": None}
-    got = run_steps(check_of("rope", args, y), FORMULAS)
+    y = run_steps(check_of("rope", args, np.zeros(1)), FORMULAS)
+    got = y.copy()
+    got[:, :, 1] = args["x"][:, :, 1]
+    cause = cause_of("rope", args, got.astype(F))
+    assert cause.kind == "not_rotated" and cause.text.startswith("in heads 1 of 3 only: ")
+    got = y.copy()
     got[1] = run_steps(check_of("rope", args | {"positions": np.arange(9) + 1}, y), FORMULAS)[1]
     for result, tolerance in ((got.astype(F), FP32), (bf16(got), BF16)):
         cause = cause_of("rope", args, result, tolerance)

@@ -1,5 +1,7 @@
 """Every known fault of attention, of the gradients and of AdamW, planted: the cause is named, with its number."""
 
+import math
+
 import numpy as np
 import pytest
 from planted import BF16, FP32_PRODUCTS, bf16, cause_of, normal
@@ -77,6 +79,11 @@ def test_attention_of_exchanged_or_missing_keys(rng):
     args = inputs(rng)
     both("attention", args, attend(args | {"k": args["v"], "v": args["k"]})[0], "exchanged")
     both("attention", args, attend(args, seen=lambda i, j: j <= i and j < 9)[0], "keys_ignored", 9)
+    small = args | {"q": args["q"] * F(0.2)}  # the exponential alone overflows for scores that are large
+    got = np.stack([[sum(np.exp(small["scale"] * (small["q"][b, t] * small["k"][b, j].repeat(7, 0)).sum(-1))[:, None]
+                         * small["v"][b, j].repeat(7, 0) for j in range(t + 1)).reshape(-1) for t in range(12)]
+                    for b in range(2)])
+    both("attention", small, got, "not_normalised")
 
 
 def test_the_last_query_over_kept_keys(rng):
@@ -137,10 +144,23 @@ def test_dlogits_of_ignored_targets(rng):
     ("bias_dbias", (96, 48), "row_missing", None, lambda d, x, w: d[:-1].sum(0)),
     ("bias_dbias", (96, 48), "twice", None, lambda d, x, w: 2 * d.sum(0)),
     ("bias_dbias", (96, 48), "sum_not_mean", None, lambda d, x, w: d.mean(0))])
-def test_linear(rng, op, shape, kind, value, fault):
+def test_linear_gradients(rng, op, shape, kind, value, fault):
     dout, x, weight = normal(rng, 20, shape[0]), normal(rng, 20, shape[1]), normal(rng, *shape)
     args = {"linear_dinp": {"weight": weight}, "linear_dweight": {"x": x}, "bias_dbias": {}}[op]
     both(op, {"dout": dout.reshape(2, 10, -1)} | args, fault(dout, x, weight), kind, value)
+
+
+@pytest.mark.parametrize("bits", [10, 7])
+@pytest.mark.parametrize("op", ["linear_dinp", "linear_dweight"])
+@pytest.mark.parametrize("add", [0, 1])
+def test_products_of_cut_or_rounded_operands(rng, op, bits, add):
+    """add 0: the last bits are cut off; 1: half a unit is added first."""
+    dout, x, weight = normal(rng, 20, 96), normal(rng, 20, 48), normal(rng, 96, 48)
+    low = lambda a: (a.view(np.uint32) + np.uint32(add << 22 - bits) >> 23 - bits << 23 - bits).view(F)  # noqa: E731
+    got = low(dout) @ low(weight) if op == "linear_dinp" else low(dout).T @ low(x)
+    args = {"dout": dout} | ({"weight": weight} if op == "linear_dinp" else {"x": x})
+    both(op, args, got, "precision", bits, in_bf16=False)
+    assert ("cut off" in cause_of(op, args, got).text) is (add == 0)
 
 
 def norm_gradient(d, x, w, eps=1e-6, term=1.0, less=0):
@@ -178,6 +198,7 @@ def test_rmsnorm_dweight(rng, kind, value, fault):
     ("swiglu_dup", "exchanged", lambda d, g, u, s: d * u * s * (1 + g * (1 - s))),
     ("swiglu_dgate", "slope_missing", lambda d, g, u, s: d * u * s),
     ("swiglu_dgate", "operand", lambda d, g, u, s: d * s * (1 + g * (1 - s))),
+    ("swiglu_dgate", "exchanged", lambda d, g, u, s: d * g / (1 + np.exp(-u)) * (1 + u * (1 - 1 / (1 + np.exp(-u))))),
     ("swiglu_dgate", "activation", lambda d, g, u, s: d * u * (g > 0)),
     ("swiglu_dup", "activation", lambda d, g, u, s: d * np.maximum(g, 0)),
     ("swiglu_dup", "activation", lambda d, g, u, s: d * g / (1 + np.exp(F(-1.702) * g))),
@@ -187,6 +208,20 @@ def test_swiglu(rng, op, kind, fault):
     args = {"dact": dact, "gate": gate, "up": up}
     got = fault(dact, gate, up, 1 / (1 + np.exp(-gate)))
     both(op, {"dact": dact, "up": up} if op == "silu_d" else args, got, kind)
+
+
+@pytest.mark.parametrize("name", ["gelu,", "tanh", "1.702", "is sigmoid,"])
+def test_gradients_of_another_activation(rng, name):
+    """The slopes by central differences of the activations that the forward test has."""
+    gate, up, dact = (normal(rng, 2, 9, 64) for _ in range(3))
+    f = {"gelu,": lambda x: x * np.vectorize(math.erfc)(-x / math.sqrt(2)) / 2, "tanh": lambda x: x / 2 * (
+        1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3))), "1.702": lambda x: x / (1 + np.exp(
+            -1.702 * x)), "is sigmoid,": lambda x: 1 / (1 + np.exp(-x))}[name]
+    wide, args = gate.astype(float), {"dact": dact, "gate": gate, "up": up}
+    slope = (f(wide + 1e-5) - f(wide - 1e-5)) / 2e-5
+    for op, got in (("swiglu_dgate", dact * up * slope), ("swiglu_dup", dact * f(wide))):
+        both(op, args, got, "activation")
+        assert name in cause_of(op, args, got.astype(F)).text
 
 
 def scatter(ids, rows, n):

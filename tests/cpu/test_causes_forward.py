@@ -38,6 +38,13 @@ def test_eps(rng, shape, eps, wrong):
          rel=2e-3)
 
 
+def test_eps_where_activations_are_large(rng):
+    """The effect is five in a million, the tolerance one; a constant factor would explain it nearly as well."""
+    x, weight = normal(rng, 2, 32, 896), normal(rng, 896)
+    cause = cause_of("rmsnorm", {"x": x, "weight": weight, "eps": 1e-6}, norm(x, 1e-5) * weight, FP32)
+    assert cause.kind == "eps" and cause.value == pytest.approx(1e-5, rel=0.05)
+
+
 def test_the_sentence_names_both_numbers(rng):
     x, weight = normal(rng, 32, 64, size=0.02), normal(rng, 64)
     cause = cause_of("rmsnorm", {"x": x, "weight": weight, "eps": 1e-6}, norm(x, 1e-5) * weight)
@@ -154,6 +161,8 @@ def test_rope_scaling(rng, scaling, wrong):
     x, positions = normal(rng, 2, 60, 2, 32), np.arange(60) + 100
     both("rope", {"x": x, "positions": positions, "theta": 5e5, "scaling": scaling},
          turn(x, angles(positions, 32, 5e5, wrong)), "scaling")
+    both("rope_dinp", {"dout": x, "positions": positions, "theta": 5e5, "scaling": scaling},
+         turn(x, -angles(positions, 32, 5e5, wrong)), "scaling")
 
 
 @pytest.mark.parametrize(("kind", "fault"), [
