@@ -202,14 +202,14 @@ def simplest(found: Iterator[Found], tolerance: float) -> Found | None:
 
 
 def wrong(case: Case, axis: int) -> Array | None:
-    """Which rows (axis 0) or columns (1) of the result are wrong, where those are some and not most of all."""
+    """Which rows (axis 0) or columns (1) of the result are wrong, where those are not all."""
     g, t = (as_rows(np.where(case.where, a, 0.0)) for a in (case.got, case.truth))
     size = np.linalg.norm(t, axis=1 - axis)
     typical = float(np.sqrt(np.mean(size * size)))
     error = np.linalg.norm(g - t, axis=1 - axis) / np.maximum(size, 0.1 * typical + 1e-300)
     numbers = np.flatnonzero(error > ROW * case.tolerance)
     others = np.delete(np.arange(error.size), numbers)
-    if not 0 < numbers.size <= 0.75 * error.size:
+    if not 0 < numbers.size < error.size:
         return None
     kept = [a[others] if axis == 0 else a[:, others] for a in (g, t)]
     return numbers if relative(kept[0], kept[1])[0] <= case.tolerance else None

@@ -241,3 +241,21 @@ def test_embedding_dtable(rng, kind, value, fault):
     if isinstance(got, dict):
         got = np.stack([got.get(i, np.zeros(16, F)) for i in range(30)])
     both("embedding_dtable", {"dout": dout.reshape(2, 9, 16), "ids": ids.reshape(2, 9), "rows": 30}, got, kind, value)
+
+
+def test_wrong_heads_under_the_sums_of_a_right_forward_pass(rng):
+    """As kernels do it: the softmax's sums and mean terms were saved, the keys are those of other heads."""
+    b, t, nh, nkv, hs = 1, 21, 6, 2, 16
+    q, dout = normal(rng, b, t, nh, hs), normal(rng, b, t, nh * hs)
+    k, v = normal(rng, b, t, nkv, hs), normal(rng, b, t, nkv, hs)
+    args = {"q": q, "k": k, "v": v, "dout": dout, "scale": hs ** -0.5}
+    dk, seen, g = np.zeros((b, t, nkv, hs)), np.tri(t, dtype=bool), dout.astype(float).reshape(b, t, nh, hs)
+    for head in range(nh):
+        right, wrong = k[0, :, head // 3].astype(float), k[0, :, head % nkv].astype(float)
+        score = np.where(seen, hs ** -0.5 * q[0, :, head].astype(float) @ right.T, -np.inf)
+        lse = np.log(np.exp(score).sum(-1))
+        mean = (np.exp(score - lse[:, None]) * (g[0, :, head] @ v[0, :, head // 3].astype(float).T)).sum(-1)
+        prob = np.where(seen, np.exp(hs ** -0.5 * q[0, :, head].astype(float) @ wrong.T - lse[:, None]), 0)
+        ds = prob * (g[0, :, head] @ v[0, :, head % nkv].astype(float).T - mean[:, None]) * hs ** -0.5
+        dk[0, :, head % nkv] += ds.T @ q[0, :, head]
+    assert cause_of("attention_dk", args, dk.astype(np.float32)).kind == "head_map"

@@ -250,3 +250,16 @@ def test_embedding_of_other_ids(rng):
     table, ids = normal(rng, 30, 16), rng.integers(1, 29, (2, 9))
     both("embedding", {"ids": ids, "table": table}, table[ids + 1], "id", 1)
     both("embedding", {"ids": ids, "table": table}, table[ids - 1], "id", -1)
+
+
+def test_a_mask_one_too_far_within_tiles(rng):
+    """The last row of a tile of 32 is right, since the next key is in the next tile; the last of all sees zeros."""
+    t, hs = 70, 16
+    q, k, v = (normal(rng, 1, t, 1, hs) for _ in range(3))
+    padded = [np.concatenate([x[0, :, 0].astype(float), np.zeros((1, hs))]) for x in (k, v)]
+    score = hs ** -0.5 * q[0, :, 0].astype(float) @ padded[0].T
+    ahead = np.where(np.isin(np.arange(t), (31, 63)), 0, 1)
+    score[np.arange(t + 1) > (np.arange(t) + ahead)[:, None]] = -np.inf
+    prob = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+    cause = cause_of("attention", {"q": q, "k": k, "v": v, "scale": hs ** -0.5}, (prob @ padded[1])[None].astype("f4"))
+    assert cause.kind == "mask_ahead" and "rows 0..30, 32..62, 64..69 of 70" in cause.text
