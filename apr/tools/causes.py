@@ -30,6 +30,7 @@ PLAIN, FITTED, OPERAND, PATTERN = range(4)  # from the simplest explanation to t
 FEWEST = 8  # elements from which a number is fitted
 COARSE = 1e-3  # the tolerance from which operands of fewer bits are meant, not a fault
 REFUSED = (NotApplicable, ValueError, IndexError, ShapeError)  # what a fault that these values cannot have raises
+MOST = 0.75  # of rows or columns: where more are wrong, that the others are right explains nothing by itself
 ROW = 5.0  # tolerances beyond which a row or column is wrong
 
 
@@ -227,6 +228,8 @@ def local(check: Check, case: Case) -> Cause | None:
         found = simplest(search(check, part), case.tolerance)
         if found is not None:
             return dataclasses.replace(found.cause, text=f"in {place} only: {found.cause.text}")
+        if numbers.size > MOST * as_rows(case.got).shape[axis]:
+            continue
         error, scale = relative(case.got[part.where], case.truth[part.where])
         return Cause(kind, f"only {place} are wrong: relative L2 {error:.2e}, scale {scale:.4g}", float(numbers.size),
                      error, check.steps[-1].op)
