@@ -107,7 +107,7 @@ def layouts(truth: Array) -> Iterator[Pattern]:
 def partners(got: Array, truth: Array, tolerance: float) -> Array | None:
     """For each row (N, D) of got the row of truth that it equals, -1 for none; None where too few do, or all their own.
 
-    Rows that equal their own keep it; a row of zeros has no partner.
+    A row of zeros has no partner.
     """
     if not (1 < got.shape[0] <= MATCHED and got.shape[1] >= 4):
         return None
@@ -116,7 +116,6 @@ def partners(got: Array, truth: Array, tolerance: float) -> Array | None:
     limit = (3.0 * tolerance) ** 2 * sizes + 1e-14 * sizes.max(initial=0.0)
     index = np.argmin(gap - limit, axis=1)
     rows = np.arange(got.shape[0])
-    index = np.where(gap[rows, rows] <= limit, rows, index)
     index[~((gap[rows, index] <= limit[index]) & (sizes[index] > 0.0))] = -1
     return None if (index >= 0).mean() < ENOUGH or np.array_equal(index, rows) else index
 

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from planted import BF16, FP32, FP32_PRODUCTS, bf16, cause_of, check_of, normal
 
-from apr.tools.causes import VARIANTS, contract_of, explain
+from apr.tools.causes import (
+    FITTED,
+    OPERAND,
+    PATTERN,
+    PLAIN,
+    VARIANTS,
+    Cause,
+    Found,
+    contract_of,
+    explain,
+    search,
+    simplest,
+)
 from apr.tools.checks import Check, Step, run_steps
 from apr.tools.fit import Case, Score
 from apr.tools.formulas import FORMULAS
@@ -168,6 +180,9 @@ def test_a_part_of_the_heads_or_sequences(rng):
     cause = cause_of("rope", args, got.astype(F))
     assert cause.kind == "not_rotated" and cause.text.startswith("in heads 1 of 3 only: ")
     got = y.copy()
+    got[..., 2, 5:9] = 0
+    assert cause_of("rope", args, got.astype(F)).text == "in columns 69..72 of 96 only: it is zero"
+    got = y.copy()
     got[1] = run_steps(check_of("rope", args | {"positions": np.arange(9) + 1}, y), FORMULAS)[1]
     for result, tolerance in ((got.astype(F), FP32), (bf16(got), BF16)):
         cause = cause_of("rope", args, result, tolerance)
@@ -194,6 +209,46 @@ def test_another_array_is_named(rng):
     assert (cause.kind, cause.text) == ("operand", "linear reads k_weight where it should read weight")
     cause = cause_of("linear", args, bf16(args["x"] @ weight.T), BF16, k_weight=weight)
     assert cause.kind == "operand"
+
+
+def test_another_array_that_the_op_refuses_is_no_cause(rng):
+    """Targets have the shape of ids, and an ignored one is no id."""
+    args = {"ids": rng.integers(1, 29, (2, 9)), "table": normal(rng, 30, 16)}
+    got = args["table"][args["ids"] - 1]
+    assert cause_of("embedding", args, got, targets=np.full((2, 9), -100)).kind == "id"
+
+
+def test_half_an_order_is_no_order(rng):
+    args, y = projection(rng)
+    got = np.roll(y.reshape(32, 64), 7, 0)
+    got[19:] = normal(rng, 13, 64)
+    assert cause_of("linear", args, got).kind == "unknown"
+
+
+def test_a_number_is_not_fitted_to_a_few_values(rng):
+    args = {"x": normal(rng, 1, 6), "weight": normal(rng, 6), "eps": 1e-6}
+    truth = run_steps(check_of("rmsnorm", args, np.zeros(1)), FORMULAS)
+    assert cause_of("rmsnorm", args, F(0.9) * truth.astype(F)).kind == "scaled"
+
+
+def test_fewer_bits_are_a_fault_only_where_float32_is_asked_for(rng):
+    args = {"x": F(50) + normal(rng, 20, 64), "weight": normal(rng, 32, 64)}
+    args["weight"] -= args["weight"].mean(1, keepdims=True)
+    got = bf16(args["x"]) @ bf16(args["weight"]).T
+    assert cause_of("linear", args, got).kind == "precision"
+    assert cause_of("linear", args, got, BF16).kind == "unknown"
+
+
+def test_what_needs_no_number_is_simpler_than_what_was_fitted(rng):
+    args = {"x": normal(rng, 20, 64, size=0.02), "weight": normal(rng, 64), "eps": 1e-6}
+    check = check_of("rmsnorm", args, np.zeros(1))
+    truth, got = run_steps(check, FORMULAS), FORMULAS["rmsnorm"](args["x"], args["weight"], 1e-5)
+    case = Case(got, truth, np.isfinite(truth), FP32)
+    assert {(f.cause.kind, f.rank) for f in search(check, case)} == {("eps", FITTED), ("row_factors", PATTERN)}
+    score = Score(1e-7, 1.0, 100)
+    found = [Found(Cause(kind, "", None, 1e-7, "x"), score, rank) for kind, rank in (
+        ("a", PATTERN), ("b", FITTED), ("c", PLAIN), ("d", OPERAND))]
+    assert simplest(iter(found), FP32).cause.kind == "c"
 
 
 def test_a_result_rounded_to_bfloat16(rng):
