@@ -77,12 +77,18 @@ class Finding:
 
 @dataclass
 class Phase:
-    """One part of the search: how many checks it made, the worst that passed, and what it found."""
+    """One part of the search: how many checks it made, how many it could not (their inputs are not finite), the worst
+    that passed, and what it found.
+
+    `floors`: the worst relative L2 that passed of each kind of stage, all layers together (`attn_norm`, `grad`, …).
+    """
 
     name: str
     checks: int = 0
+    unjudged: int = 0
     worst_stage: str = ""
     worst: float = 0.0  # relative L2
+    floors: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
 
@@ -276,15 +282,19 @@ class Bisection:
         start, phase = time.monotonic(), self._begin(name)
         for check in checks:
             if not all(bool(np.isfinite(v).all()) for v in check.values.values() if isinstance(v, np.ndarray)):
-                continue  # what follows from numbers that are none tells nothing
+                phase.unjudged += 1  # what follows from numbers that are none tells nothing
+                continue
             error, finding = judge(check, name, limit_of(check, self.subject.precision))
             phase.checks += 1
             if finding is not None:
                 phase.findings.append(finding)
-            elif error >= phase.worst:
+                if self.over():
+                    break
+                continue
+            kind = check.stage.partition(".")[2 if check.stage.startswith("L") else 0]
+            phase.floors[kind] = max(error, phase.floors.get(kind, 0.0))
+            if error >= phase.worst:
                 phase.worst, phase.worst_stage = error, check.stage
-            if self.over():
-                break
         self._end(phase, start)
 
     def _begin(self, name: str) -> Phase:

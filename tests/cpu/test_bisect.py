@@ -43,6 +43,7 @@ def test_a_sound_model_has_no_finding(kind, name):
     assert len(report["phases"]) == (4 if kind is HostEngine else 6)
     assert all(p["checks"] > 0 for p in report["phases"])
     worst = max(p["worst"] for p in report["phases"])
+    assert max(floor for p in report["phases"] for floor in p["floors"].values()) == worst
     assert 0 < worst <= 0.5 * LIMITS["fp32"].error, report["phases"]
 
 
