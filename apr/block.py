@@ -206,6 +206,8 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
     attention_backward(dev, dqkv, b.arena.rows("delta", (b.B, c.NH, b.T)), datty, qkv, atty,
                        b.layer("lse", layer, b.B, c.NH, b.T), b.B, b.T, c, scale=c.HS ** -0.5)               # 5
     b.look_heads("kq", "rope", layer, dqkv, True)
+    if c.qk_norm:
+        look_turned_back(b, layer, dqkv)
     rope_backward(dev, dqkv, dw.q_norm, dw.k_norm, b.partial(2 * c.HS), dqkv,
                   b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else None, head_norm(b, w, layer),
                   b.arena["cos"], b.arena["sin"], b.T, c)                                                    # 4, 3
@@ -219,6 +221,22 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
     rmsnorm_backward(dev, dresidual, dw.attn_norm, norm, b.partial(c.C), dnorm, dresidual, stream, w.attn_norm, rstd,
                      eps=c.rms_norm_eps)                                                                     # 1
     gemm.linear_dweight(dw.qkv, dqkv, norm)                                                                  # 2
+
+
+def look_turned_back(b: Batch, layer: int, dqkv: Any) -> None:
+    """Show the gradients of the normalised heads: those of the rotated ones, turned back here, on the host.
+
+    The kernel goes on through the norm and keeps no such result.
+    """
+    if b.tap is None:
+        return
+    c, half = b.config, b.config.HS // 2
+    cos, sin = (to_host(b.dev, b.arena[name])[:b.T, None, :] for name in ("cos", "sin"))
+    heads = to_host(b.dev, dqkv).reshape(b.B, b.T, -1, c.HS)
+    first, second = heads[..., :half], heads[..., half:]
+    back = np.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
+    b.tap(tap_name("k_norm", layer, True), back[:, :, c.NH:c.NH + c.NKV])
+    b.tap(tap_name("q_norm", layer, True), back[:, :, :c.NH])
 
 
 def head_norm(b: Batch, w: LayerViews, layer: int) -> HeadNorm | None:

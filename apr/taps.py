@@ -54,10 +54,26 @@ FINAL_STAGES = (
     Stage("logits", "B T V", "scores of the vocabulary"),
 )
 
+STAGES = {stage.name: stage for stage in (EMBEDDING, *LAYER_STAGES, *FINAL_STAGES)}
+
 
 def tap_name(stage: str, layer: int | None = None, grad: bool = False) -> str:
     """The full name of a point: `L03.dattn_norm` for the gradient at stage attn_norm of layer 3."""
     return ("" if layer is None else f"L{layer:02d}.") + ("d" if grad else "") + stage
+
+
+def split_name(name: str) -> tuple[Stage, int | None, bool]:
+    """The stage, the layer (None: the whole model's) and whether it is the gradient, of a name as tap_name makes it.
+
+    Raises KeyError for any other text.
+    """
+    layer, _, word = name.rpartition(".")
+    grad = word.startswith("d")
+    stage = STAGES[word.removeprefix("d")]
+    number = int(layer[1:]) if layer[:1] == "L" and layer[1:].isdecimal() and len(layer) <= 10 else None
+    if (number is None) == (stage in LAYER_STAGES) or tap_name(stage.name, number, grad) != name:
+        raise KeyError(name)
+    return stage, number, grad
 
 
 def layer_tap(tap: Tap | None, layer: int, grad: bool = False) -> Tap | None:
@@ -74,6 +90,12 @@ def expected_names(num_layers: int, qk_norm: bool) -> list[str]:
     for index in range(num_layers):
         names += [tap_name(stage, index) for stage in layer]
     return names + [s.name for s in FINAL_STAGES]
+
+
+def expected_gradient_names(num_layers: int, qk_norm: bool) -> list[str]:
+    """Every name that a backward pass must emit, in order: the forward pass's points in reverse."""
+    names = [split_name(name) for name in reversed(expected_names(num_layers, qk_norm))]
+    return [tap_name(stage.name, layer, grad=True) for stage, layer, _ in names]
 
 
 class Recorder:

@@ -4,7 +4,7 @@
     8 ffn_norm    9 gate, up   10 swiglu   11 down projection   12 residual
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from apr.reference.rope import rope_backward, rope_forward
 from apr.reference.swiglu import silu, swiglu_backward, swiglu_forward
 from apr.taps import Tap
 
-Arrays = dict[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
 Tables = tuple[np.ndarray, np.ndarray]
 Attend = Callable[[np.ndarray, np.ndarray, np.ndarray, float], tuple[np.ndarray, np.ndarray]]
 

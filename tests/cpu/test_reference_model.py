@@ -12,7 +12,7 @@ from apr.errors import ShapeError
 from apr.params import layout
 from apr.presets import PRESETS
 from apr.reference.model import count_targets, loss_and_gradients, loss_sum, model_forward
-from apr.taps import expected_names
+from apr.taps import expected_gradient_names, expected_names
 
 FINITE_DIFFERENCE = 1e-7  # the project's gate; measured worst 4e-8
 FLOAT32 = 2e-5  # relative L2 of float32: end to end; measured worst 4.5e-6
@@ -101,7 +101,7 @@ def test_model_taps_every_point_and_backward_walks_them_in_reverse(model):
     model.gradients(tap=lambda name, array: (names.append(name), arrays.update({name: array.copy()})))
     forward = expected_names(model.config.L, model.config.qk_norm)
     assert names[:len(forward)] == forward
-    assert names[len(forward):] == [".".join([*p[:-1], "d" + p[-1]]) for p in (n.split(".") for n in forward[::-1])]
+    assert names[len(forward):] == expected_gradient_names(model.config.L, model.config.qk_norm)
     assert all(arrays[n].shape == arrays[d].shape for n, d in zip(forward, names[:len(forward) - 1:-1], strict=True))
     assert_close(arrays["logits"], model.logits(), EXACT, "logits")
 

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from apr.taps import EMBEDDING, FINAL_STAGES, LAYER_STAGES, expected_names, layer_tap, tap_name
+from apr.taps import (
+    EMBEDDING,
+    FINAL_STAGES,
+    LAYER_STAGES,
+    STAGES,
+    expected_gradient_names,
+    expected_names,
+    layer_tap,
+    split_name,
+    tap_name,
+)
 
 SYMBOLS = {"B", "T", "C", "F", "V", "NH", "NKV", "HS"}
 
@@ -57,3 +67,27 @@ def test_layer_tap_adds_the_layer_and_passes_the_array_itself():
 
 def test_no_tap_stays_no_tap():
     assert layer_tap(None, 0) is None and layer_tap(None, 0, grad=True) is None
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_gradient_names_are_the_points_in_reverse(qk_norm):
+    names = expected_gradient_names(2, qk_norm)
+    assert names[:3] == ["dlogits", "dfinal_norm", "L01.doutput"] and names[-2:] == ["L00.dattn_norm", "dembedding"]
+    assert [n.replace("d", "", 1) if "." not in n else n.replace(".d", ".", 1) for n in names] == expected_names(
+        2, qk_norm)[::-1]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_split_name_undoes_tap_name(qk_norm):
+    for name in expected_names(101, qk_norm) + expected_gradient_names(101, qk_norm):
+        stage, layer, grad = split_name(name)
+        assert tap_name(stage.name, layer, grad) == name and STAGES[stage.name] is stage
+        assert (layer is None) == (stage not in LAYER_STAGES)
+
+
+@pytest.mark.parametrize("name", ["", "attn_norm", "L03.logits", "L3.attn_norm", "L003.attn_norm", "L03.attn_norms",
+                                  "3.attn_norm", "LL3.attn_norm", "L03.ddattn_norm", "dL03.attn_norm", "L-1.output",
+                                  "L03..output", "L\u0661\u0662.output", "L" + "1" * 5000 + ".output", "d", "L03.d"])
+def test_split_name_takes_no_other_text(name):
+    with pytest.raises(KeyError):
+        split_name(name)
