@@ -13,7 +13,7 @@ import numpy as np
 from apr.config import IGNORE, TransformerConfig, TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.device import Device
-from apr.errors import ConfigError, MeasureError, UnavailableError
+from apr.errors import ConfigError, MeasureError, ShapeError, UnavailableError
 from apr.formats.source import ModelSource
 from apr.infer.cpu_engine import load_params
 from apr.infer.cuda_engine import CudaEngine
@@ -22,7 +22,7 @@ from apr.params import param_specs
 from apr.reference.model import loss_and_gradients, model_forward
 from apr.rng import generator
 from apr.tools.device import Choice
-from apr.tools.trace_points import all_points
+from apr.tools.trace_points import all_points, point_shape
 from apr.tools.weights import Weights
 from apr.train.cuda_trainer import CudaTransformerTrainer
 from apr.train.snapshot import sha256_of
@@ -122,7 +122,7 @@ def capture(source: ModelSource, choice: Choice, tokens: Sequence[int], wanted: 
     check_tokens(source.config, tokens, backward)
     if choice.kind == "cpu" and choice.precision != "fp32":
         raise UnavailableError("--precision", "fp32 on the CPU", choice.precision, "leave it out, or use a GPU")
-    look = _Look(wanted, keep)
+    look = _Look(source.config, len(tokens), wanted, keep)
     if choice.kind == "cpu":
         loss = _on_cpu(source, tokens, backward, look)
     else:
@@ -134,16 +134,19 @@ def capture(source: ModelSource, choice: Choice, tokens: Sequence[int], wanted: 
 
 
 class _Look:
-    """A tap that takes statistics of what is wanted, and copies of what is kept."""
+    """A tap: statistics of what is wanted, copies of what is kept. Raises ShapeError for one of another shape."""
 
-    def __init__(self, wanted: Collection[str], keep: Collection[str]) -> None:
-        self.wanted, self.keep = frozenset(wanted), frozenset(keep)
+    def __init__(self, config: TransformerConfig, count: int, wanted: Collection[str], keep: Collection[str]) -> None:
+        self.config, self.count, self.wanted, self.keep = config, count, frozenset(wanted), frozenset(keep)
         self.seen: list[str] = []
         self.statistics: dict[str, Statistics] = {}
         self.arrays: dict[str, np.ndarray] = {}
 
     def __call__(self, name: str, array: np.ndarray) -> None:
         self.seen.append(name)
+        if name in self.wanted | self.keep and array.shape != point_shape(name, self.config, self.count):
+            raise ShapeError(f"point {name}", f"{list(point_shape(name, self.config, self.count))}, all tokens",
+                             f"{list(array.shape)}", "this is a defect of apr: report it")
         if name in self.wanted:
             self.statistics[name] = statistics(array)
         if name in self.keep:
