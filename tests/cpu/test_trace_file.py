@@ -190,7 +190,7 @@ def test_models_of_other_shapes_are_refused(trace, changes, says):
 
 
 def test_other_tokens_and_points_without_a_partner_are_refused(trace):
-    with pytest.raises(FormatError, match="tokens: .*the first other one at position 3"):
+    with pytest.raises(FormatError, match=r"tokens: .*the first other one at position 3"):
         diff(traced(tokens=[5, 80, 3, 45, 5, 96, 0]), trace)
     with pytest.raises(FormatError, match="found 7, the first other one at position 6"):
         diff(traced(tokens=TOKENS[:-1]), trace)
