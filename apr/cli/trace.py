@@ -15,7 +15,7 @@ from apr.formats.open_model import open_model
 from apr.formats.source import ModelSource
 from apr.taps import split_name
 from apr.tools.device import Choice, choose_device
-from apr.tools.trace import Trace, capture, prompt_tokens
+from apr.tools.trace import Trace, capture, check_precision, prompt_tokens
 from apr.tools.trace_diff import check_shapes, diff, judge
 from apr.tools.trace_file import check_free, is_trace, open_trace, save_trace, trace_path
 from apr.tools.trace_points import parse_layers, parse_stages, select
@@ -159,6 +159,7 @@ def _other(args: argparse.Namespace, source: ModelSource, mine: Choice, files: E
     if match := WORD.fullmatch(args.diff):
         choice = choose_device(match[1])
         choice = replace(choice, precision=match[2] or choice.precision)
+        check_precision(choice)
         if choice == mine:
             raise _same(args)
         return Other(None, source, choice)

@@ -109,6 +109,12 @@ def check_tokens(config: TransformerConfig, tokens: Sequence[int], backward: boo
         raise ConfigError("tokens", f"ids in [0, {config.V})", str(bad[0]), "use the model's own tokenizer")
 
 
+def check_precision(choice: Choice) -> None:
+    """Raise UnavailableError for bf16 on the CPU."""
+    if choice.kind == "cpu" and choice.precision != "fp32":
+        raise UnavailableError("--precision", "fp32 on the CPU", choice.precision, "leave it out, or use a GPU")
+
+
 def capture(source: ModelSource, choice: Choice, tokens: Sequence[int], wanted: Collection[str],
             keep: Collection[str] = (), backward: bool = False, hashed: bool = False, device: Device | None = None
             ) -> Trace:
@@ -120,8 +126,7 @@ def capture(source: ModelSource, choice: Choice, tokens: Sequence[int], wanted: 
     for what the device cannot do, MeasureError when it showed other points than the model has.
     """
     check_tokens(source.config, tokens, backward)
-    if choice.kind == "cpu" and choice.precision != "fp32":
-        raise UnavailableError("--precision", "fp32 on the CPU", choice.precision, "leave it out, or use a GPU")
+    check_precision(choice)
     look = _Look(source.config, len(tokens), wanted, keep)
     if choice.kind == "cpu":
         loss = _on_cpu(source, tokens, backward, look)

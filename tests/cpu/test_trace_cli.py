@@ -127,6 +127,13 @@ def test_only_the_stages_asked_for_are_saved(folder, lines, tmp_path):
     assert lines("qwen2.gguf", "--diff", tmp_path / "t")[-1]["points"] == 3  # its tokens and points are taken over
 
 
+def test_what_is_saved_is_not_what_is_compared(lines, tmp_path):
+    saved, *points, summary = lines("qwen2.apr", "--diff", "hf", "--save-tensor", "q_rope", "--layers", 1, "--output",
+                                    tmp_path / "t")
+    assert saved["points"] == 1 and list(open_trace(tmp_path / "t").arrays) == ["L01.q_rope"]
+    assert len(points) == summary["points"] == 22
+
+
 @pytest.mark.parametrize("other", ["qwen2.gguf", "hf"])
 def test_the_same_model_in_another_format_agrees_at_every_point(lines, other):
     *points, summary = lines("qwen2.apr", "--diff", other, "--backward")
@@ -205,6 +212,7 @@ REFUSED = [
     (["qwen2.apr", "--save-tensor", "all", "--output", "hf/config.json"], 2, "hf/config.json"),
     (["qwen2.apr", "--diff", "wide.apr"], 4, "hidden_size: expected 32"),
     (["qwen2.apr", "--diff", "qwen3.apr"], 4, "qk_norm"),
+    (["qwen2.apr", "--diff", "cpu:bf16"], 9, "fp32 on the CPU"), (["qwen2.apr", "--diff", "cuda:99"], 2, "cuda:15"),
     (["qwen2.apr", "--diff", "none"], 3, "none"), (["qwen2.apr", "--diff", "cuda:fp8"], 3, "cuda:fp8"),
     (["qwen2.apr", "--diff", "hf/model.safetensors"], 4, "a safetensors file of something else"),
     (["saved", "--payload", "--backward"], 2, "--backward"),

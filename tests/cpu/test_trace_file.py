@@ -167,6 +167,12 @@ def test_the_first_point_beyond_is_named(trace, change, first):
     judge(diff(traced(change=change), trace, tolerance=1.0) if first != "L01.v_bias" else diff(trace, trace))
 
 
+def test_the_other_is_the_truth(trace):
+    twice = dataclasses.replace(trace, arrays={n: 2 * a for n, a in trace.arrays.items()})
+    assert {(p.difference.relative_l2, p.difference.scale) for p in diff(twice, trace)} == {(1.0, 2.0)}
+    assert {(p.difference.relative_l2, p.difference.scale) for p in diff(trace, twice)} == {(0.5, 0.5)}
+
+
 def test_numbers_that_are_none_are_never_within(trace):
     for value in (np.nan, np.inf):
         array = trace.arrays["L01.ffn_out"].copy()
