@@ -14,7 +14,7 @@ from apr.data.batch import LMBatch
 from apr.params import EMBED, HEAD, layout
 from apr.presets import llama_370m, qwen2_0_5b, qwen3_0_6b
 from apr.reference.model import count_targets, loss_and_gradients, model_forward
-from apr.taps import expected_names
+from apr.taps import expected_gradient_names, expected_names
 from apr.train.cuda_trainer import CudaTransformerTrainer
 
 TOLERANCE = 1e-5  # float32 against float32, as tests/cpu/test_golden.py; measured worst 1.6e-6
@@ -93,7 +93,10 @@ def test_ten_adamw_steps(dev, name):
 def test_model_taps_every_stage_in_order(dev, name):
     run, names = Run(name, dev), []
     run.trainer.forward_logits(run.golden.arrays["inputs"][0], lambda stage, _array: names.append(stage))
-    assert names == expected_names(run.config.L, run.config.qk_norm)
+    forward = expected_names(run.config.L, run.config.qk_norm)
+    assert names == forward
+    run.gradients()
+    assert list(run.states) == forward + expected_gradient_names(run.config.L, run.config.qk_norm)
 
 
 @pytest.mark.parametrize("t", [1, 5, 23])
