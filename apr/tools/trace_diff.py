@@ -4,12 +4,11 @@ The tolerance is end to end: what rounding does up to the last layer is allowed 
 runs part and sees no small fault late in a deep model; `apr bisect` gives each op the same inputs and is sharp.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apr.config import TransformerConfig
+from apr.config import TransformerConfig, encode
 from apr.errors import FormatError, GateError, MeasureError
 from apr.taps import split_name
 from apr.tools.compare import Difference, difference
@@ -50,9 +49,9 @@ def check_shapes(mine: TransformerConfig, other: TransformerConfig, where: str) 
 
 
 def other_numbers(mine: TransformerConfig, other: TransformerConfig) -> dict[str, tuple[object, object]]:
-    """The fields that differ between models of one shape (eps, theta, …), with both values."""
-    pairs = {f.name: (getattr(mine, f.name), getattr(other, f.name)) for f in dataclasses.fields(mine)}
-    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+    """The fields that differ between models of one shape (eps, theta, …), with both values as plain data."""
+    theirs = encode(other)
+    return {name: (value, theirs[name]) for name, value in encode(mine).items() if value != theirs[name]}
 
 
 def default_tolerance(mine: Trace, other: Trace, gradient: bool) -> float:

@@ -9,7 +9,7 @@ import safetensors.numpy
 from models import FAMILIES, random_params, source_of
 
 import apr.tools.trace_file as module
-from apr.config import encode
+from apr.config import RopeScaling, encode
 from apr.errors import ConfigError, FormatError, GateError, MeasureError, StorageError
 from apr.formats.export import export_gguf
 from apr.formats.gguf_model import open_gguf_model
@@ -20,6 +20,7 @@ from apr.tools.trace_diff import default_tolerance, diff, judge, other_numbers, 
 from apr.tools.trace_file import KEY, NAME, check_free, is_trace, open_trace, save_trace
 from apr.tools.trace_points import all_points, select
 
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 CPU = Choice("cpu", 0, "fp32")
 TOKENS = [5, 80, 3, 44, 5, 96, 0]
 
@@ -232,4 +233,7 @@ def test_tolerances_follow_precision_depth_and_direction(trace):
 def test_numbers_of_the_configuration_and_weak_prompts_are_told(trace):
     other = dataclasses.replace(trace.config, rms_norm_eps=1e-4)
     assert other_numbers(trace.config, other) == {"rms_norm_eps": (1e-6, 1e-4)}
+    scaled = dataclasses.replace(trace.config, rope_scaling=LLAMA3)
+    mine, theirs = other_numbers(trace.config, scaled)["rope_scaling"]
+    assert mine is None and json.loads(json.dumps(theirs))["factor"] == 8.0
     assert weak_tokens(TOKENS) is None and "17 equal tokens" in weak_tokens([3] * 17)
