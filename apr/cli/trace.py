@@ -99,7 +99,8 @@ def _run(args: argparse.Namespace, report: Report, source: ModelSource, choice: 
 
 def _keeping(trace: Trace, names: list[str]) -> Trace:
     """The trace with these arrays only."""
-    return replace(trace, arrays={name: trace.arrays[name] for name in trace.arrays if name in set(names)})
+    wanted = set(names)
+    return replace(trace, arrays={name: array for name, array in trace.arrays.items() if name in wanted})
 
 
 def _saved(args: argparse.Namespace, report: Report) -> None:
