@@ -29,11 +29,13 @@ class ConfigFile:
     init: str | None = None
     force_init_loss: bool | None = None
     weights: str | None = None
+    parity_every: int | None = None
 
     def __post_init__(self) -> None:
         require("mode", self.mode, "one of " + ", ".join(MODES), self.mode is None or self.mode in MODES)
         require("weights", self.weights, "f32 or bf16", self.weights in (None, "f32", "bf16"))
         require("val_batches", self.val_batches, "at least 1", self.val_batches is None or self.val_batches >= 1)
+        require("parity_every", self.parity_every, "0 or more", self.parity_every is None or self.parity_every >= 0)
         if self.preset is not None:
             preset(self.preset)
 

@@ -15,6 +15,7 @@ from apr.config import TransformerConfig, TransformerTrainConfig, decode
 from apr.errors import ConfigError
 from apr.presets import PRESETS, preset
 from apr.tools.device import choose_device
+from apr.tools.live_gate import LiveGate
 from apr.train.corpus import DEMO
 from apr.train.init import InitModel, open_init
 from apr.train.pretrain import LoopConfig
@@ -28,6 +29,7 @@ FIELDS = {
     "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"),
     "batch_size": ("train", "batch_size"), "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"),
     "precision": ("train", "precision"), "force_init_loss": ("", "force_init_loss"), "weights": ("", "weights"),
+    "parity_every": ("", "parity_every"),
     "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"),
     "target_val_loss": ("loop", "target_val_loss"),
 }
@@ -77,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights in each epoch's .apr (default: bf16 where the model of --init is, else f32)")
     add("--force-under-provisioned", action="store_true",
         help="with --init: train although there are under 10 tokens per parameter")
+    add("--parity-every", type=int, metavar="K",
+        help="on a GPU, hold every K-th step against the reference: one layer, some losses, the optimizer (500; 0: never)")
     add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
     add("--allow-shard-cycle", action="store_true", default=None,
         help="train on the data again when they end; otherwise the run ends")
@@ -95,9 +99,11 @@ def run(args: argparse.Namespace) -> int:
             sinks.append(print_json)
         if args.resume:
             saved = read_run(args.run_dir)
+            if args.parity_every is not None:  # it changes nothing of what is trained
+                saved = replace(saved, parity_every=args.parity_every)
             check_resumed(saved, _merge(asdict(saved), {}, args, saved.model), str(args.run_dir))
             config = saved
-            end = resume(saved, args.run_dir, device, sinks, display.warn)
+            end = resume(saved, args.run_dir, device, sinks, display.warn, *watch_of(saved, device, args))
         else:
             with ExitStack() as stack:
                 init = open_asked(args)
@@ -108,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
                     advice = check_provisioned(config.model, config.train, args.force_under_provisioned)
                     if advice:
                         display.warn(advice)
-                end = pretrain(config, args.run_dir, device, sinks, init)
+                end = pretrain(config, args.run_dir, device, sinks, init, *watch_of(config, device, args))
     if not args.json:
         if not config.synthetic:
             print_curve(args.run_dir, sys.stdout)
@@ -118,6 +124,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"{end['status']}: {end['detail']}. Validation loss {end['initial_val_loss']:.4f} -> {final} "
               f"nats per token. Run: {args.run_dir}")
     return 0
+
+
+def watch_of(config: RunConfig, device: str, args: argparse.Namespace) -> tuple[LiveGate | None, list[str]]:
+    """The gate that holds steps of this run against the reference, or None; and what the log should say of it."""
+    if config.parity_every == 0:
+        return None, []
+    if device != "cpu":
+        return LiveGate(config.parity_every, config.train.seed), []
+    asked = args.parity_every is not None or "parity_every" in _given(args)
+    return None, ["--parity-every is for a GPU: on the CPU the reference itself trains"] if asked else []
 
 
 def open_asked(args: argparse.Namespace) -> InitModel | None:

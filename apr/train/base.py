@@ -17,6 +17,7 @@ from apr.formats.model_file import check_coverage, save_model
 from apr.params import layout
 from apr.train.schedule import lr_at
 from apr.train.snapshot import Snapshot, sha256_of
+from apr.train.step_view import StepView
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,10 @@ class Trainer(ABC):
         if self.last_stats is None:
             raise ShapeError("last_grad_norm", "a step", "none yet", "call train_batch first")
         return self.last_stats.grad_norm
+
+    def view(self) -> StepView | None:
+        """What the last step left in the buffers; None where it is not kept, as on the CPU."""
+        return None
 
     def record(self) -> dict[str, Any]:
         """What besides weights and optimizer decides the bits of the steps to come; checkpoints keep it."""

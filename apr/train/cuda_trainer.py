@@ -27,6 +27,7 @@ from apr.params import init_params
 from apr.registry import variants, warmup
 from apr.taps import Tap
 from apr.train.base import Trainer
+from apr.train.cuda_view import CudaStepView
 
 
 class CudaTransformerTrainer(Trainer):
@@ -108,6 +109,10 @@ class CudaTransformerTrainer(Trainer):
         self.dev.upload(self.arena["stats"], np.array([0, 0, 0, step], np.float64))
         self.dev.synchronize()
         self.step = step
+
+    def view(self) -> CudaStepView:
+        """What the last step left in the buffers."""
+        return CudaStepView(self.dev, self.arena, self.net, self._fitting)
 
     def record(self) -> dict[str, Any]:
         """The algorithms of the matrix products, and what they are of."""

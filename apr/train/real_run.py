@@ -1,19 +1,21 @@
 """A run's work: steps on its corpus, validation, and what it keeps: checkpoints to resume from, a model an epoch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-from apr.errors import FormatError
+from apr.data.batch import LMBatch
+from apr.errors import FormatError, GateError
 from apr.files import os_errors, write_atomic
 from apr.train import checkpoint
 from apr.train.base import StepStats, Trainer
 from apr.train.corpus import Corpus
 from apr.train.init import InitRecord, save_epoch
-from apr.train.log import RunLog
+from apr.train.log import Event, RunLog
 from apr.train.pretrain import EpochArtifact, LoopState
 from apr.train.run_config import RunConfig
 from apr.train.snapshot import Snapshot
@@ -51,13 +53,32 @@ def saved_state(found: checkpoint.Checkpoint) -> SavedState:
                           "use another checkpoint") from None
 
 
+class Watch(Protocol):
+    """Checks a step now and then by what it leaves in the trainer's buffers, and changes nothing."""
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be checked."""
+
+    def before(self, trainer: Trainer, step: int, micro: Sequence[LMBatch]) -> None:
+        """Read what the step is going to change."""
+
+    def after(self, trainer: Trainer, step: int, lr: float) -> Event | None:
+        """Check the step that was made: an event for the log, None for a step that could change nothing.
+
+        Raises GateError; its `where` begins with the id of the invariant that the step broke.
+        """
+
+
 class RealRun:
-    """StepFn, ValFn and CheckpointFn over a trainer and a corpus; `record` is of the model that the run began from."""
+    """StepFn, ValFn and CheckpointFn over a trainer and a corpus; `record` is of the model that the run began from.
+
+    `watch` checks steps as they are made: one that fails ends the run before anything of it is saved.
+    """
 
     def __init__(self, config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path, log: RunLog, passes: int,
-                 record: InitRecord | None = None) -> None:
+                 record: InitRecord | None = None, watch: Watch | None = None) -> None:
         self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
-        self.ckpt_dir, self.record = run_dir / "ckpt", record
+        self.ckpt_dir, self.record, self.watch = run_dir / "ckpt", record, watch
         self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
 
     def step(self, step: int, lr: float) -> StepStats | None:
@@ -71,8 +92,23 @@ class RealRun:
             self.passes = passes
             self.log({"event": "note", "step": step, "text": f"pass {passes} over the data begins, in a new order"})
         micro = [stream.batch(step * rows + a * t.batch_size, t.batch_size) for a in range(t.accumulation_steps)]
+        watch = self.watch if self.watch is not None and self.watch.due(step) else None
+        if watch is not None:
+            watch.before(self.trainer, step, micro)
         self.trainer.train_batch(micro, lr)
+        if watch is not None:
+            self._check(watch, step, lr)
         return self.trainer.last_stats
+
+    def _check(self, watch: Watch, step: int, lr: float) -> None:
+        try:
+            event = watch.after(self.trainer, step, lr)
+        except GateError as e:
+            self.log({"event": "guard", "step": step, "gate": e.where.partition(" ")[0], "where": e.where,
+                      "expected": e.expected, "found": e.found})
+            raise
+        if event is not None:
+            self.log(event)
 
     def validate(self, epoch: int) -> float:
         """Token-weighted mean over all held-out batches."""

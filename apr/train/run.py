@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import socket
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from apr.train.corpus import Corpus, open_corpus
 from apr.train.init import InitModel, InitRecord, open_init, read_record, record_of, write_record
 from apr.train.log import Notes, RunLog, Sink
 from apr.train.pretrain import PretrainLoop, checkpoint_event
-from apr.train.real_run import RealRun, SavedState, saved_state
+from apr.train.real_run import RealRun, SavedState, Watch, saved_state
 from apr.train.run_config import RunConfig
 from apr.train.signals import StopRequest
 from apr.train.snapshot import sha256_of
@@ -89,14 +90,17 @@ def refuse_used(run_dir: Path) -> None:
 
 
 def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink],
-             init: InitModel | None = None) -> dict[str, Any]:
+             init: InitModel | None = None, watch: Watch | None = None, remarks: Sequence[str] = ()) -> dict[str, Any]:
     """A new run; returns its `end` event. Nothing is created before data and configuration were found good.
 
-    `init`: the model of config.init where the caller has opened it already; it is closed before training. Raises every
-    AprError of what it uses; GateError and Stopped come after the `end` event.
+    `init`: the model of config.init where the caller has opened it already; it is closed before training. `watch`
+    checks steps as they are made; `remarks` become notes in the log. Raises every AprError of what it uses; GateError
+    and Stopped come after the `end` event.
     """
     refuse_used(run_dir)
     notes = Notes()
+    for remark in remarks:
+        notes(remark)
     if init is None and config.init is not None and not config.synthetic:
         init = open_init(Path(config.init))
     with init or nullcontext():
@@ -120,7 +124,7 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink],
                  "tokens_per_step": config.train.tokens_per_step, "entropy_bits": corpus and corpus.entropy,
                  "train_tokens": corpus and corpus.train_tokens, **ran})
             notes.open(log, 0)
-            return _loop(config, run_dir, log, trainer, corpus, record, None)
+            return _loop(config, run_dir, log, trainer, corpus, record, None, watch)
 
 
 def _begin(config: RunConfig, device: str, notes: Notes,
@@ -140,7 +144,8 @@ def _begin(config: RunConfig, device: str, notes: Notes,
     return corpus, make_trainer(config.model, config.train, device, params, warn=notes), record
 
 
-def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], warn: Any) -> dict[str, Any]:
+def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], warn: Any, watch: Watch | None = None,
+           remarks: Sequence[str] = ()) -> dict[str, Any]:
     """Go on with a run from its newest whole checkpoint; bit for bit what it would have been. Arguments as pretrain.
 
     The model that it began from is not needed. Raises ConfigError when the data are not those that the run began with.
@@ -165,9 +170,11 @@ def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], war
             log(checkpoint_event(saved.step, saved.artifact))
             log({"event": "resume", "step": saved.step, "checkpoint": name})
             notes.open(log, saved.step)
+            for remark in remarks:
+                notes(remark)
             if _machine(saved.trainer) != _machine(trainer.record()):
                 notes("resumed on another kind of device: the last bits of what follows differ from a run that stayed")
-            return _loop(config, run_dir, log, trainer, corpus, record, saved)
+            return _loop(config, run_dir, log, trainer, corpus, record, saved, watch)
 
 
 def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -176,12 +183,13 @@ def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: Trainer | None, corpus: Corpus | None,
-          record: InitRecord | None, saved: SavedState | None) -> dict[str, Any]:
+          record: InitRecord | None, saved: SavedState | None, watch: Watch | None) -> dict[str, Any]:
     if trainer is None or corpus is None:
         epochs = -(-config.train.max_steps // config.loop.steps_per_epoch)
         work: Any = SyntheticRun(config.loop.target_val_loss, epochs, config.train.tokens_per_step)
     else:
-        work = RealRun(config, trainer, corpus, run_dir, log, saved.data.passes if saved else 1, record)
+        work = RealRun(config, trainer, corpus, run_dir, log, saved.data.passes if saved else 1, record,
+                       watch)
     fresh = config.init is None and not config.synthetic
     with StopRequest() as stop:
         return PretrainLoop(config.loop, config.train, config.model.V, fresh, work, work, work, log, lambda: stop.name,

@@ -36,11 +36,13 @@ class RunConfig:
     init: str | None
     force_init_loss: bool = False
     weights: str = "f32"  # type of the weights in each epoch's .apr; checkpoints hold the float32 master
+    parity_every: int = 500  # steps from one that is held against the reference to the next, on a GPU; 0 for none
 
     def __post_init__(self) -> None:
         require("mode", self.mode, "one of " + ", ".join(MODES), self.mode in MODES)
         require("val_batches", self.val_batches, "at least 1", self.val_batches >= 1)
         require("weights", self.weights, "f32 or bf16", self.weights in ("f32", "bf16"))
+        require("parity_every", self.parity_every, "0 or more", self.parity_every >= 0)
         if not self.synthetic and self.dataset is None:
             raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them",
                               "say what to train on")
