@@ -10,7 +10,6 @@ from apr.config import TransformerConfig
 from apr.data.batch import LMBatch
 from apr.dtypes import BY_NAME
 from apr.reference.cross_entropy import cross_entropy_forward_backward
-from apr.reference.global_norm import clip_factor
 from apr.reference.model import head_name, loss_and_gradients
 from apr.taps import Recorder, tap_name
 from apr.train.trainer import TransformerTrainer
@@ -20,17 +19,14 @@ BF16 = BY_NAME["BF16"].numpy
 
 @dataclass
 class Fault:
-    """What is wrong with a step. `config` and `params`: what the layers compute with; `left`: what is stored of the
-    activations; `grads`: the gradients; `adamw`: arguments of the update; `before`: the state that the update begins
-    from. Each changes what it is given, or returns another.
-    """
+    """What is wrong with a step: each function changes what it is given, or returns another."""
 
-    config: Callable[[TransformerConfig], TransformerConfig] = lambda c: c
-    params: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda p: p
-    left: Callable[[dict[str, np.ndarray]], None] = lambda left: None
+    config: Callable[[TransformerConfig], TransformerConfig] = lambda c: c  # that the layers compute with
+    params: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda p: p  # the same, float32
+    left: Callable[[dict[str, np.ndarray]], None] = lambda left: None  # what is stored of the activations
     grads: Callable[[dict[str, np.ndarray]], None] = lambda grads: None
-    update: Callable[["StandIn", float], float] = lambda trainer, lr: lr
-    after: Callable[["StandIn"], None] = lambda trainer: None
+    update: Callable[["StandIn", float, float], tuple[float, float]] = lambda trainer, lr, norm: (lr, norm)
+    after: Callable[["StandIn"], None] = lambda trainer: None  # the update
 
 
 class StandIn(TransformerTrainer):
@@ -95,10 +91,10 @@ class StandIn(TransformerTrainer):
             ("final_norm", seen["final_norm"]))}
         scores = self.as_stored(self.left["final_norm"].astype(np.float32) @ params[head_name(c)].T).astype(np.float32)
         self.left["losses"] = cross_entropy_forward_backward(scores, part.targets.reshape(-1), None)
+        total = float(self.left["losses"].sum(dtype=np.float64))
         self.fault.left(self.left)
         self.fault.grads(self.grads)
-        return float(self.left["losses"].sum(dtype=np.float64))
+        return total
 
     def _update(self, lr: float, norm: float) -> None:
-        super()._update(self.fault.update(self, lr), norm)
-        assert clip_factor(norm, self.config.max_grad_norm) <= 1
+        super()._update(*self.fault.update(self, lr, norm))

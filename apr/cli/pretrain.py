@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force-under-provisioned", action="store_true",
         help="with --init: train although there are under 10 tokens per parameter")
     add("--parity-every", type=int, metavar="K",
-        help="on a GPU, hold every K-th step against the reference: one layer, some losses, the optimizer (500; 0: never)")
+        help="on a GPU, hold every K-th step against the reference: a layer, losses, the optimizer (500; 0: none)")
     add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
     add("--allow-shard-cycle", action="store_true", default=None,
         help="train on the data again when they end; otherwise the run ends")

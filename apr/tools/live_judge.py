@@ -18,9 +18,9 @@ ID = "INV-TRAIN-PARITY"
 REMEDY = ("the run ended here, the last checkpoint is from before this step; resume it on another GPU, or with "
           "--parity-every 0 to go on without this check")
 STAGE = {precision: LIMITS[precision, "prompt"] for precision in ("fp32", "bf16")}  # of one layer, as the start gate's
-# A sum over all rows: fp32 in another order, which the square root of their number makes about 1e-5 of; in bf16 the
-# inputs are rounded alike on both sides, and a few fall the other way.
-GRADIENT = {"fp32": Limit(5e-5, 2e-5), "bf16": Limit(5e-3, 2e-3)}
+# A sum over all rows: fp32 in another order, about 1e-5 for 16384 rows that cancel. In bf16 both factors are rounded
+# alike on both sides; the limit is what it would be if they were not, 4e-3, and some room.
+GRADIENT = {"fp32": Limit(5e-5, 2e-5), "bf16": Limit(1e-2, 2e-3)}
 LOSS = {"fp32": Limit(5e-5, 5e-5), "bf16": Limit(2e-3, 2e-3)}  # one row's: error and scale are the same here
 MOMENT = Limit(1e-6, 1e-6)  # a few float32 operations, which a GPU may contract to fused ones
 UPDATE = Limit(1e-5, 1e-5)  # the same with a root and a quotient
