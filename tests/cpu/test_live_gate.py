@@ -47,11 +47,19 @@ def checked(trainer, gate, step, micro, fault=None):
     return gate.after(trainer, step, LR)
 
 
+def passed(*arguments):
+    """The same of a step with nothing wrong."""
+    try:
+        return checked(*arguments)
+    except GateError as e:
+        raise AssertionError(f"a sound step is refused: {e}") from e
+
+
 @BOTH
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sound_steps_pass(family, precision):
     trainer, gate = stand_in(precision, family), LiveGate(1, 3)
-    events = [checked(trainer, gate, step, batches(step)) for step in range(6)]
+    events = [passed(trainer, gate, step, batches(step)) for step in range(6)]
     assert trainer.step == 6 and all(e["event"] == "parity" and e["gradient"] for e in events)
     assert {e["layer"] for e in events} == {0, 1} and len({e["sequence"] for e in events}) > 1
     assert len({e["positions"][0] for e in events}) > 1
@@ -67,10 +75,22 @@ def test_several_micro_batches_or_parts_pass_without_the_gradient(precision, cou
     """Their activations are those of the last part: its sequences are what the window is chosen from."""
     trainer, gate = stand_in(precision), LiveGate(1, 3)
     trainer.part_rows = rows
-    events = [checked(trainer, gate, step, batches(step, count)) for step in range(4)]
+    events = [passed(trainer, gate, step, batches(step, count)) for step in range(4)]
     assert not any(e["gradient"] for e in events)
     assert {e["checks"] for e in events} == {1 + 6 + 1 + LOSSES + 2 * 4}
     assert all(e["sequence"] < (1 if rows == 3 else 4) for e in events)
+
+
+@BOTH
+@pytest.mark.parametrize("far", [[], [3]])
+def test_a_small_addition_to_a_large_stream_passes(precision, far):
+    """Rounding such a sum to storage costs more than the addition may be wrong by; `far`: huge in one channel alone."""
+    trainer, gate = stand_in(precision, "llama"), LiveGate(1, 3)
+    trainer.params["model.embed_tokens.weight"][:, far or slice(None)] *= 1000 if far else 100
+    for step in range(4):
+        passed(trainer, gate, step, batches(step))
+    with pytest.raises(GateError, match=r"L0\d.attn_out"):
+        checked(trainer, gate, 4, batches(4), altered("o_proj.weight", change=lambda w: w * 1.5))
 
 
 def altered(*ends, change):
@@ -218,9 +238,9 @@ def test_targets_that_do_not_count_and_a_rate_of_zero_pass(precision):
 
 def test_a_step_that_applied_nothing_is_left_to_other_guards():
     trainer, gate = stand_in("fp32"), LiveGate(1, 3)
-    assert checked(trainer, gate, 0, batches(0), altered("norm.weight", change=lambda w: w * np.nan)) is None
+    assert passed(trainer, gate, 0, batches(0), altered("norm.weight", change=lambda w: w * np.nan)) is None
     blank = [LMBatch(b.inputs, np.full_like(b.targets, IGNORE)) for b in batches(1)]
-    assert checked(trainer, gate, 1, blank) is None and trainer.step == 0
+    assert passed(trainer, gate, 1, blank) is None and trainer.step == 0
 
 
 def test_a_trainer_that_shows_nothing_is_not_passed():
