@@ -2,6 +2,7 @@
 
     start       what is trained on what
     step        step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
+    parity      step, layer, sequence, positions, worst, checks, gradient, ms: held against the reference
     eval        step, epoch, val_loss                 checkpoint, guard, resume, note
     end         status, detail, initial_val_loss, final_val_loss, …
 
