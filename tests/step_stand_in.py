@@ -1,5 +1,6 @@
 """A GPU trainer for machines without one: NumPy's steps, each leaving what a step leaves on a GPU, and faults in it."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,12 +10,17 @@ import numpy as np
 from apr.config import TransformerConfig
 from apr.data.batch import LMBatch
 from apr.dtypes import BY_NAME
+from apr.params import EMBED, NORM
+from apr.reference.block import block_forward
 from apr.reference.cross_entropy import cross_entropy_forward_backward
 from apr.reference.model import head_name, loss_and_gradients
+from apr.reference.rmsnorm import rmsnorm_forward
+from apr.reference.rope import rope_tables
 from apr.taps import Recorder, tap_name
 from apr.train.trainer import TransformerTrainer
 
 BF16 = BY_NAME["BF16"].numpy
+UNITS = re.compile("gate_proj|up_proj")
 
 
 @dataclass
@@ -75,26 +81,48 @@ class StandIn(TransformerTrainer):
         return sum(self._part(part, dloss) for part in self.parts([batch]))
 
     def _part(self, part: LMBatch, dloss: float) -> float:
-        recorder, c = Recorder(), self.model
+        """One part's sum of losses; gradients are added, and `left` is what it leaves, rounded where a GPU rounds."""
+        c, recorder, flat = self.model, Recorder(), part.inputs.size
         params = self.fault.params({n: self.as_stored(p).astype(np.float32) for n, p in self.params.items()})
-        loss_and_gradients(params, self.grads, self.fault.config(c), part.inputs, part.targets, dloss, recorder)
-        seen = {name: a.reshape(part.inputs.size, -1) for name, a in recorder.arrays().items()}
-
-        def layers(*stages: str, grad: bool = False) -> np.ndarray:
-            return np.stack([np.concatenate([seen[tap_name(s, i, grad)] for s in stages], 1) for i in range(c.L)])
-
-        middle, out = layers("attn_residual"), layers("output")
-        streams = [seen["embedding"], *(a for i in range(c.L) for a in (middle[i], out[i]))]
-        self.left = {name: self.as_stored(a) for name, a in (
-            ("residual", np.stack(streams)), ("qkv", layers("q_rope", "k_rope", "v_bias")),
-            ("atty", layers("attn_heads")), ("gate_up", layers("ffn_gate", "ffn_up", grad=True)),
-            ("final_norm", seen["final_norm"]))}
-        scores = self.as_stored(self.left["final_norm"].astype(np.float32) @ params[head_name(c)].T).astype(np.float32)
-        self.left["losses"] = cross_entropy_forward_backward(scores, part.targets.reshape(-1), None)
+        config, earlier = self.fault.config(c), {n: self.grads[n].copy() for n in self.grads if UNITS.search(n)}
+        loss_and_gradients(params, self.grads, config, part.inputs, part.targets, dloss, recorder)
+        seen = {name: a.reshape(flat, -1) for name, a in recorder.arrays().items()}
+        dunits = [np.concatenate([seen[tap_name(s, i, True)] for s in ("ffn_gate", "ffn_up")], 1) for i in range(c.L)]
+        self.left = self._forward(params, config, part)
+        self.left["gate_up"] = self.as_stored(np.stack(dunits))
+        for layer in range(c.L):
+            norm = self._rounded(rmsnorm_forward(
+                self.left["residual"][2 * layer + 1].astype(np.float32),
+                params[f"model.layers.{layer}.post_attention_layernorm.weight"], config.rms_norm_eps)[0])
+            both = self.left["gate_up"][layer].astype(np.float32).T @ norm
+            for name, grad in zip(("gate", "up"), np.split(both, 2), strict=True):
+                key = f"model.layers.{layer}.mlp.{name}_proj.weight"
+                self.grads[key][...] = earlier[key] + grad
         total = float(self.left["losses"].sum(dtype=np.float64))
         self.fault.left(self.left)
         self.fault.grads(self.grads)
         return total
+
+    def _rounded(self, array: np.ndarray) -> np.ndarray:
+        return self.as_stored(array).astype(np.float32)
+
+    def _forward(self, params: dict[str, np.ndarray], c: TransformerConfig, part: LMBatch) -> dict[str, np.ndarray]:
+        """Layer after layer, each from the rounded stream of the one before."""
+        rounded, shape, n = self._rounded, (*part.inputs.shape, c.C), part.inputs.size
+        tables = rope_tables(np.arange(part.seq_len), c.HS, c.rope_theta, c.rope_scaling, np.dtype(np.float32))
+        streams, qkv, atty = [rounded(params[EMBED][part.inputs]).reshape(n, c.C)], [], []
+        for layer in range(c.L):
+            seen: dict[str, np.ndarray] = {}
+            block_forward(params, c, layer, streams[-1].reshape(shape), tables, None,
+                          lambda stage, array, seen=seen: seen.update({stage: np.array(array).reshape(n, -1)}))
+            qkv.append(np.concatenate([seen[s] for s in ("q_rope", "k_rope", "v_bias")], 1))
+            atty.append(seen["attn_heads"])
+            for branch in ("attn_out", "ffn_out"):
+                streams.append(rounded(streams[-1] + rounded(seen[branch])))
+        final = rounded(rmsnorm_forward(streams[-1], params[NORM], c.rms_norm_eps)[0])
+        losses = cross_entropy_forward_backward(rounded(final @ params[head_name(c)].T), part.targets.reshape(-1), None)
+        left = {"residual": np.stack(streams), "qkv": np.stack(qkv), "atty": np.stack(atty), "final_norm": final}
+        return {name: self.as_stored(a) for name, a in left.items()} | {"losses": losses}
 
     def _update(self, lr: float, norm: float) -> None:
         super()._update(*self.fault.update(self, lr, norm))

@@ -30,7 +30,7 @@ from apr.reference.rmsnorm import rmsnorm_forward
 from apr.reference.rope import rope_tables
 from apr.rng import generator, permutation
 from apr.taps import tap_name
-from apr.tools.live_judge import GRADIENT, GRAIN, ID, LOSS, MOMENT, STAGE, TOTAL, UPDATE, Judge
+from apr.tools.live_judge import GRADIENT, GRAIN, ID, LOSS, MOMENT, SCORE, STAGE, TOTAL, UPDATE, Judge
 from apr.train.base import Trainer
 from apr.train.step_view import StepView
 
@@ -165,12 +165,16 @@ class Check:
         heads = self.view.rows("qkv", t.layer, self.begin, self.rows[1]).astype(np.float32)  # from the first key on
         q, k, v = np.split(heads, [c.NH * c.HS, (c.NH + c.NKV) * c.HS], axis=1)
         got = {"q_rope": q[t.start:], "k_rope": k[t.start:], "v_bias": v[t.start:],
-               "attn_heads": self._window("atty", t.layer), "attn_out": middle - x, "ffn_out": out - middle}
-        noise = {"attn_out": grain * np.abs(middle), "ffn_out": grain * np.abs(out)}
+               "attn_heads": self._window("atty", t.layer)}
+        added = {"attn_out": (x, middle), "ffn_out": (middle, out)}
 
         def look(stage: str, array: np.ndarray) -> None:
             if stage in got:
-                self.judge.hold(tap_name(stage, t.layer), got[stage], array[0], limit, noise.get(stage))
+                self.judge.hold(tap_name(stage, t.layer), got[stage], array[0], limit)
+            elif stage in added:  # rounding swallows what is small beside the stream, on both sides
+                given, stored = added[stage]
+                want = self._as_stored(given + self._as_stored(array[0])) - given
+                self.judge.hold(tap_name(stage, t.layer), stored - given, want, limit, grain * np.abs(stored))
 
         def attend(_q: np.ndarray, _k: np.ndarray, _v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
             return attention_forward(q[None, t.start:].reshape(1, -1, c.NH, c.HS), k.reshape(1, -1, c.NKV, c.HS),
@@ -189,7 +193,7 @@ class Check:
         final = self.view.rows("final_norm", None, start, stop).astype(np.float32)
         scores = np.concatenate([final @ t.head[i:i + ROWS].astype(np.float32).T
                                  for i in range(0, self.config.V, ROWS)], axis=1)
-        noise = GRAIN[self.precision] * np.abs(scores).max(axis=1, keepdims=True)
+        noise = SCORE[self.precision] * np.abs(scores).max(axis=1, keepdims=True)
         targets = t.part.targets.reshape(-1)[start:stop]
         want = cross_entropy_forward_backward(self._as_stored(scores), targets, None)
         got = self.view.rows("losses", None, 0, t.part.inputs.size)

@@ -93,6 +93,16 @@ def test_a_small_addition_to_a_large_stream_passes(precision, far):
         checked(trainer, gate, 4, batches(4), altered("o_proj.weight", change=lambda w: w * 1.5))
 
 
+def test_an_addition_that_rounding_swallows_passes():
+    """A thousandth of the stream: in bf16 most elements of the sum are the stream's own."""
+    trainer, gate = stand_in("bf16", "llama"), LiveGate(1, 3)
+    trainer.params["model.embed_tokens.weight"][...] *= 1000
+    for step in range(4):
+        passed(trainer, gate, step, batches(step))
+    stored = trainer.left["residual"].astype(np.float32)
+    assert np.mean(stored[0] == stored[1]) > 0.5
+
+
 def altered(*ends, change):
     """Parameters whose name ends like this, changed."""
     return Fault(params=lambda p: p | {n: change(p[n]) for n in p if n.endswith(ends)})
