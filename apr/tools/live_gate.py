@@ -22,12 +22,14 @@ from apr.errors import MeasureError
 from apr.params import EMBED, NORM, ParamSpec
 from apr.reference.adamw import adamw_update
 from apr.reference.attention import attention_forward
-from apr.reference.block import block_forward
+from apr.reference.block import Weights, block_forward
 from apr.reference.cross_entropy import cross_entropy_forward_backward
 from apr.reference.global_norm import clip_factor
+from apr.reference.linear import linear_forward
 from apr.reference.model import head_name
 from apr.reference.rmsnorm import rmsnorm_forward
 from apr.reference.rope import rope_tables
+from apr.reference.swiglu import swiglu_forward
 from apr.rng import generator, permutation
 from apr.taps import tap_name
 from apr.tools.live_judge import GRADIENT, GRAIN, ID, LOSS, MOMENT, SCORE, STAGE, TOTAL, UPDATE, Judge
@@ -159,32 +161,42 @@ class Check:
 
     def layer(self) -> None:
         """The window through one layer, and the final norm."""
-        c, t, limit, grain = self.config, self.taken, STAGE[self.precision], GRAIN[self.precision]
+        c, t, limit = self.config, self.taken, STAGE[self.precision]
         self.judge.same("embedding", self._window("residual", 0), t.embedded)
         x, middle, out = (self._window("residual", 2 * t.layer + i).astype(np.float32) for i in range(3))
         heads = self.view.rows("qkv", t.layer, self.begin, self.rows[1]).astype(np.float32)  # from the first key on
         q, k, v = np.split(heads, [c.NH * c.HS, (c.NH + c.NKV) * c.HS], axis=1)
-        got = {"q_rope": q[t.start:], "k_rope": k[t.start:], "v_bias": v[t.start:],
-               "attn_heads": self._window("atty", t.layer)}
-        added = {"attn_out": (x, middle), "ffn_out": (middle, out)}
+        atty = self._window("atty", t.layer).astype(np.float32)
+        got = {"q_rope": q[t.start:], "k_rope": k[t.start:], "v_bias": v[t.start:]}
 
         def look(stage: str, array: np.ndarray) -> None:
             if stage in got:
                 self.judge.hold(tap_name(stage, t.layer), got[stage], array[0], limit)
-            elif stage in added:  # rounding swallows what is small beside the stream, on both sides
-                given, stored = added[stage]
-                want = self._as_stored(given + self._as_stored(array[0])) - given
-                self.judge.hold(tap_name(stage, t.layer), stored - given, want, limit, grain * np.abs(stored))
+            elif stage == "attn_out":
+                self._added(stage, x, array[0], middle)
 
-        def attend(_q: np.ndarray, _k: np.ndarray, _v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-            return attention_forward(q[None, t.start:].reshape(1, -1, c.NH, c.HS), k.reshape(1, -1, c.NKV, c.HS),
-                                     v.reshape(1, -1, c.NKV, c.HS), scale)
+        def attend(q_own: np.ndarray, _k: np.ndarray, _v: np.ndarray,
+                   scale: float) -> tuple[np.ndarray, np.ndarray]:
+            want, prob = attention_forward(q[None, t.start:].reshape(q_own.shape), k.reshape(1, -1, c.NKV, c.HS),
+                                           v.reshape(1, -1, c.NKV, c.HS), scale)
+            self.judge.hold(tap_name("attn_heads", t.layer), atty, want[0], limit)
+            return atty.reshape(q_own.shape), prob
 
         tables = rope_tables(np.arange(t.start, t.stop), c.HS, c.rope_theta, c.rope_scaling, x.dtype)
         block_forward(t.params, c, t.layer, x[None], tables, None, look, attend)
+        w = Weights(t.params, t.layer)  # the MLP again, from the stream that the GPU has in the middle of the layer
+        norm = rmsnorm_forward(middle, w["post_attention_layernorm.weight"], c.rms_norm_eps)[0]
+        act = swiglu_forward(linear_forward(norm, w["gate_proj.weight"]), linear_forward(norm, w["up_proj.weight"]))
+        self._added("ffn_out", middle, linear_forward(act, w["down_proj.weight"]), out)
         last = self._window("residual", 2 * c.L).astype(np.float32)
         self.judge.hold("final_norm", self._window("final_norm"), rmsnorm_forward(last, t.params[NORM],
                                                                                   c.rms_norm_eps)[0], limit)
+
+    def _added(self, stage: str, given: np.ndarray, branch: np.ndarray, stored: np.ndarray) -> None:
+        """`stored` is `given` and `branch`: both sides round, which swallows what is small beside the stream."""
+        want = self._as_stored(given + self._as_stored(branch)) - given
+        self.judge.hold(tap_name(stage, self.taken.layer), stored - given, want, STAGE[self.precision],
+                        GRAIN[self.precision] * np.abs(stored))
 
     def losses(self) -> None:
         """The losses at the window's last positions, and the sum that the step reported."""

@@ -27,11 +27,11 @@ UPDATE = Limit(1e-5, 1e-5)  # the same with a root and a quotient
 TOTAL = Limit(1e-6, 1e-6)  # losses are added in float64
 # Of a stored sum, element by element. Both sides round it, but what differs in a small addition makes some elements
 # fall to the other side, a unit in the last place away (2^-7 of it at most in bf16, 2^-23 in fp32). Of simulated layers
-# whose additions are 1 to 1/1000 of the stream the worst used half of limit and grain together.
-GRAIN = {"fp32": 2.0**-22, "bf16": 2.0**-10}
+# whose additions are 1 to 1/1000 of the stream the worst used a third of limit and grain together.
+GRAIN = {"fp32": 2.0**-22, "bf16": 2.0**-9}
 # Of the largest score of a row: one that falls to the other side moves a loss by as much as a unit, and two may.
 SCORE = {"fp32": 2.0**-18, "bf16": 2.0**-6}
-FLOOR = 1e-6  # of the root mean square of all rows: a row below this counts by it
+FLOOR = 0.3  # of the median row: a smaller row counts as this large, where terms that cancel leave rounding
 
 
 class Judge:
@@ -53,7 +53,7 @@ class Judge:
         grain = np.zeros_like(t) if noise is None else noise.reshape(rows, -1).astype(np.float64)
         with np.errstate(all="ignore"):  # what is not finite fails below
             size = np.sqrt(np.mean(t * t, axis=1, keepdims=True))
-            unit = np.maximum(grain + np.maximum(size, FLOOR * np.sqrt(np.mean(size * size))), np.finfo(float).tiny)
+            unit = np.maximum(grain + np.maximum(size, FLOOR * np.median(size)), np.finfo(float).tiny)
             error, scale = relative(a / unit, t / unit)
             share = float(np.linalg.norm(grain / unit)) / (float(np.linalg.norm(t / unit)) or 1.0)
         allowed, slack = limit.error + share, limit.scale + 4 * share / t.size**0.5  # roundings cancel in the scale

@@ -289,9 +289,9 @@ def test_looking_changes_nothing(precision):
 
 @pytest.mark.parametrize(("rows", "passes"), [([1.0, 1.0], True), ([1.0, 1.1], False), ([1.0, np.nan], False)])
 def test_rows_count_alike(rows, passes):
-    """A small row beside a huge one is judged by its own size."""
-    want = np.array([[1e6] * 8, [1.0] * 8])
-    judge, got = Judge("here"), want * np.array(rows)[:, None]
+    """Rows of ordinary size beside a huge one are judged by their own."""
+    want = np.array([[1e6] * 8, [1.0] * 8, [2.0] * 8])
+    judge, got = Judge("here"), want * np.array([*rows, rows[1]])[:, None]
     if not passes:
         assert not relative(got, want)[0] > 1e-6
         with pytest.raises(GateError, match="INV-TRAIN-PARITY stage here"):
