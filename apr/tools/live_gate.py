@@ -40,7 +40,8 @@ POSITIONS = 128  # of the window, at most
 SCORES = 1 << 18  # of attention in a head, window times keys: the window of a long sequence is shorter
 LOSSES = 16
 UNITS = 16  # whose weight gradient is computed
-ROWS = 1024  # of the batch, or of the head, in memory as float32 at a time
+ROWS = 1024  # of the batch in memory at a time
+TOKENS = 8192  # rows of the head that are float32 at a time
 SLICE = 4096  # elements of master, m and v
 FFN_NORM = "model.layers.{}.post_attention_layernorm.weight"
 GATE = "model.layers.{}.mlp.gate_proj.weight"
@@ -189,8 +190,8 @@ class Check:
         act = swiglu_forward(linear_forward(norm, w["gate_proj.weight"]), linear_forward(norm, w["up_proj.weight"]))
         self._added("ffn_out", middle, linear_forward(act, w["down_proj.weight"]), out)
         last = self._window("residual", 2 * c.L).astype(np.float32)
-        self.judge.hold("final_norm", self._window("final_norm"), rmsnorm_forward(last, t.params[NORM],
-                                                                                  c.rms_norm_eps)[0], limit)
+        want = rmsnorm_forward(last, t.params[NORM], c.rms_norm_eps)[0]
+        self.judge.hold("final_norm", self._window("final_norm"), want, limit)
 
     def _added(self, stage: str, given: np.ndarray, branch: np.ndarray, stored: np.ndarray) -> None:
         """`stored` is `given` and `branch`: both sides round, which swallows what is small beside the stream."""
@@ -203,8 +204,8 @@ class Check:
         t, stats, stop = self.taken, self.trainer.last_stats, self.rows[1]
         start = max(self.rows[0], stop - LOSSES)
         final = self.view.rows("final_norm", None, start, stop).astype(np.float32)
-        scores = np.concatenate([final @ t.head[i:i + ROWS].astype(np.float32).T
-                                 for i in range(0, self.config.V, ROWS)], axis=1)
+        scores = np.concatenate([final @ t.head[i:i + TOKENS].astype(np.float32).T
+                                 for i in range(0, self.config.V, TOKENS)], axis=1)
         noise = SCORE[self.precision] * np.abs(scores).max(axis=1, keepdims=True)
         targets = t.part.targets.reshape(-1)[start:stop]
         want = cross_entropy_forward_backward(self._as_stored(scores), targets, None)
