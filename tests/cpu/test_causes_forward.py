@@ -128,7 +128,7 @@ def angles(positions, hs, theta, scaling=None):
     return np.broadcast_to(np.asarray(positions)[..., None] * inverse, (2, *np.shape(positions)[-1:], hs // 2))
 
 
-@pytest.mark.parametrize(("T", "start"), [(17, 0), (600, 0), (2, 5000)])
+@pytest.mark.parametrize(("T", "start"), [(17, 0), (130, 0), (2, 5000)])
 @pytest.mark.parametrize(("theta", "wrong"), [(1e6, 1e4), (1e6, 5e5), (1e4, 1e6), (1e4, 123456.0)])
 def test_theta(rng, T, start, theta, wrong):
     x, positions = normal(rng, 2, T, 3, 64), start + np.arange(T)
@@ -137,6 +137,15 @@ def test_theta(rng, T, start, theta, wrong):
     both("rope", args, got, "theta", wrong, rel=1e-3, in_bf16=start == 0)
     back = {"dout" if name == "x" else name: value for name, value in args.items()}
     both("rope_dinp", back, turn(x, -angles(positions, 64, wrong)), "theta", wrong, rel=1e-3, in_bf16=start == 0)
+
+
+@pytest.mark.parametrize("wrong", [777.0, 4.1e7])
+def test_theta_of_a_long_sequence(rng, wrong):
+    """Late positions turn many times within a step of the grid: the early ones say where to look."""
+    x, positions = normal(rng, 2, 3000, 1, 32), np.arange(3000)
+    cause = cause_of("rope", {"x": x, "positions": positions, "theta": 1e6, "scaling": None},
+                     turn(x, angles(positions, 32, wrong)))
+    assert cause.kind == "theta" and cause.value == pytest.approx(wrong, rel=1e-4), cause
 
 
 P = np.arange(9)
