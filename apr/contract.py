@@ -1,7 +1,8 @@
-"""Contracts: what each op promises, as data, and the edits of the code (mutants) that its tests must notice.
+"""Contracts: what each part promises, as data, and the edits of the code (mutants) that its tests must notice.
 
-`contracts/<stem>-v1.yaml` is read strictly into the frozen records below. A falsifier names a mutant and the test that
-must turn red under it: a tolerance that no mutant breaks proves nothing.
+`contracts/<name>-v1.yaml` is read strictly into the frozen records below. A falsifier names a test, and mostly a mutant
+under which that test must turn red: a tolerance that no mutant breaks proves nothing. Nothing in a file says whether a
+contract holds: that is computed from runs (apr/tools/receipts.py).
 """
 
 import dataclasses
@@ -12,16 +13,20 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from apr.errors import FormatError, did_you_mean
-from apr.files import read_bytes
+from apr.errors import AprError, FormatError, did_you_mean
 from apr.strict import read_yaml
 
 # The symbols of docs/glossary.md, and: P all parameters, I and O the inputs and outputs of a matrix.
 Symbol = Literal["B", "T", "N", "C", "L", "NH", "NKV", "G", "HS", "QKV", "F", "V", "Vp", "S", "P", "I", "O"]
 Number = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+# Of the checkout, and of nothing outside it: a mutant is written to its file.
+FilePath = Annotated[str, msgspec.Meta(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+TestId = Annotated[str, msgspec.Meta(pattern=r"^tests(/\w+)+\.py::\w+(\[.+\])?$")]
+FalsifierId = Annotated[str, msgspec.Meta(pattern="^[A-Z][A-Z0-9_]*(-[A-Z0-9_]+)*-[0-9]{3}$")]
+Dotted = Annotated[str, msgspec.Meta(pattern=r"^apr(\.\w+){2,}$")]
 RULES = {"relative_l2": "value", "twice_naive": "floor"}  # a tolerance's rule and the one number that it needs
 ARGUMENTS = ("inputs", "outputs", "backward")
-MAX_SOURCE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Tolerance:
 class Mutant:
     """One edit: `replace`, which occurs exactly once in `file`, becomes `replacement` (`with` in the YAML)."""
 
-    file: str  # relative to the repository's root, as is the file of a test
+    file: FilePath  # relative to the repository's root, as is the file of a test
     replace: str
     replacement: str
 
@@ -68,30 +73,68 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Falsifier:
-    """A claim, a mutant that denies it, the pytest id that must then fail; `seed` marks the bugs that began apr."""
+    """A claim and what could show it false.
 
-    id: Annotated[str, msgspec.Meta(pattern="^[A-Z_]+-[0-9]{3}$")]
-    claim: str
-    mutant: Mutant
-    test: str
+    With `test` and `mutant`, the pytest id must fail under the mutant; with `equivalent`, which says why, it cannot.
+    With `test` alone, it must pass. Or the claim `rests_on` falsifiers of other contracts. `seed` marks the bugs that
+    began apr.
+    """
+
+    id: FalsifierId
+    claim: Text
+    test: TestId | None = None
+    mutant: Mutant | None = None
+    equivalent: Text | None = None
+    rests_on: tuple[FalsifierId, ...] = ()
     seed: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.test is None) != bool(self.rests_on):
+            raise ValueError(f"{self.id} needs either 'test' or 'rests_on'")
+        if self.mutant is not None and self.test is None:
+            raise ValueError(f"{self.id} has a mutant, which needs a test")
+        if self.equivalent is not None and self.mutant is None:
+            raise ValueError(f"{self.id} is called equivalent and has no mutant")
+
+    @property
+    def suite(self) -> Literal["cpu", "gpu", ""]:
+        """Where its test runs; '' if it rests on others."""
+        if self.test is None:
+            return ""
+        return "gpu" if self.test.startswith("tests/gpu/") else "cpu"
 
 
 @dataclass(frozen=True)
+class Document:
+    """A contract of the Rust system's documents: the version that was taken over, and what of it was wrong."""
+
+    version: Text
+    corrected: tuple[Text, ...]  # yardsticks that were changed, and why
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contract:
-    """One op: every argument, what is baked into its kernel, equations, tolerance, needed inputs and falsifiers."""
+    """One part: the functions it is about with their parameters, what they promise, and what would show it false."""
 
     name: str
     version: Literal[1]
-    source: str
+    source: Text
+    symbols: Annotated[dict[Dotted, Text], msgspec.Meta(min_length=1)]
+    equations: dict[str, str]
+    falsifiers: Annotated[tuple[Falsifier, ...], msgspec.Meta(min_length=1)]
+    document: Document | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpContract(Contract):
+    """One op: besides, every argument, what is baked into its kernel, tolerance and needed inputs."""
+
     axes: dict[Symbol, Literal["var", "const"]]
     inputs: dict[str, Argument]
     outputs: dict[str, Argument]
     baked: tuple[str, ...]
-    equations: dict[str, str]
     tolerance: Tolerance
     inputs_must_include: tuple[str, ...]
-    falsifiers: tuple[Falsifier, ...]
     backward: dict[str, Argument] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,13 +147,19 @@ class Contract:
                     raise ValueError(f"axis '{symbol}' of {name} is not declared; {did_you_mean(symbol, self.axes)}")
 
 
-NESTED = {"tolerance": Tolerance, "falsifiers": Falsifier, "mutant": Mutant}
+OF_AN_OP = {f.name for f in dataclasses.fields(OpContract)} - {f.name for f in dataclasses.fields(Contract)}
+NESTED = {"tolerance": Tolerance, "falsifiers": Falsifier, "mutant": Mutant, "document": Document}
 
 
 def load_contract(path: Path) -> Contract:
-    """The contract in a file. Raises FormatError for any departure from the schema, NotFoundError, StorageError."""
+    """The contract in a file: an OpContract if it has any key of one.
+
+    Raises FormatError for any departure from the schema, NotFoundError, StorageError.
+    """
+    values = read_yaml(path)
+    kind = OpContract if isinstance(values, dict) and OF_AN_OP & values.keys() else Contract
     try:
-        contract = msgspec.convert(_records(Contract, read_yaml(path), str(path)), Contract, strict=True)
+        contract = msgspec.convert(_records(kind, values, str(path)), kind, strict=True)
     except msgspec.ValidationError as e:
         raise FormatError(str(path), "a contract", str(e), "correct the file") from None
     if path.stem != f"{contract.name}-v1":
@@ -118,26 +167,53 @@ def load_contract(path: Path) -> Contract:
     return contract
 
 
+def read_folder(folder: Path) -> tuple[list[Contract], list[AprError]]:
+    """The contracts of a folder, by name, and the faults: a file that is none, an id twice, a broken `rests_on`."""
+    contracts, faults = list[Contract](), list[AprError]()
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix != ".yaml":
+                raise FormatError(str(path), "contracts and nothing else in their folder", "another file", "move it")
+            contracts.append(load_contract(path))
+        except AprError as e:
+            faults.append(e)
+    known: dict[str, tuple[str, Falsifier]] = {}
+    every = [(contract, falsifier) for contract in contracts for falsifier in contract.falsifiers]
+    for contract, falsifier in every:
+        where = f"{contract.name}: {falsifier.id}"
+        if falsifier.id in known:
+            faults.append(FormatError(where, "each falsifier id once", f"it in {known[falsifier.id][0]} too",
+                                      "renumber one"))
+        known.setdefault(falsifier.id, (contract.name, falsifier))
+    for contract, falsifier in every:
+        faults += _rest_faults(contract, falsifier, known)
+    return contracts, faults
+
+
 def load_all(folder: Path) -> tuple[Contract, ...]:
-    """Every contract of a folder, by name. Raises as load_contract, and FormatError for a falsifier id used twice."""
-    contracts = tuple(load_contract(path) for path in sorted(folder.glob("*.yaml")))
-    seen: set[str] = set()
-    for contract in contracts:
-        for falsifier in contract.falsifiers:
-            if falsifier.id in seen:
-                raise FormatError(f"{folder}: {contract.name}", "each falsifier id once", falsifier.id, "renumber one")
-            seen.add(falsifier.id)
-    return contracts
+    """Every contract of a folder, by name. Raises the first fault of read_folder."""
+    contracts, faults = read_folder(folder)
+    if faults:
+        raise faults[0]
+    return tuple(contracts)
 
 
-def check_repository(contract: Contract, root: Path) -> None:
-    """Raise FormatError unless every mutant fits its file and every named test is in the checkout at `root`."""
-    for falsifier in contract.falsifiers:
-        falsifier.mutant.apply(read_bytes(root / falsifier.mutant.file, MAX_SOURCE_BYTES).decode())
-        file, _, function = falsifier.test.partition("::")
-        text = read_bytes(root / file, MAX_SOURCE_BYTES).decode()
-        if function and f"def {function.partition('[')[0]}(" not in text:
-            raise FormatError(f"{contract.name}: {falsifier.id}", f"test {function} in {file}", "none", "name a test")
+def _rest_faults(contract: Contract, falsifier: Falsifier, known: dict[str, tuple[str, Falsifier]]) -> list[AprError]:
+    """A falsifier may rest on what is run, in other contracts: not on itself, a chain, or what proves nothing."""
+    faults = list[AprError]()
+    for name in falsifier.rests_on:
+        where = f"{contract.name}: {falsifier.id}: rests_on"
+        if falsifier.rests_on.count(name) > 1:
+            faults.append(FormatError(where, "each falsifier once", f"{name} twice", "drop one"))
+        if name not in known:
+            faults.append(FormatError(where, "a falsifier's id", f"'{name}'", did_you_mean(name, known)))
+        elif known[name][1].rests_on or known[name][1].equivalent:
+            faults.append(FormatError(where, "a falsifier that is run and can fail",
+                                      f"{name}, which {'rests on others' if known[name][1].rests_on else 'cannot'}",
+                                      "name what proves it"))
+        elif known[name][0] == contract.name:
+            faults.append(FormatError(where, "a falsifier of another contract", f"{name}, of this one", "drop it"))
+    return faults
 
 
 def _records(kind: type, values: Any, where: str) -> Any:

@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from apr.errors import ConfigError, NotFoundError, did_you_mean
@@ -110,3 +111,8 @@ def gpu_environment() -> dict[str, str]:
     """The variables that are set and change what apr, CuPy or the driver do; unknown APR_* too."""
     return {k: v for k, v in sorted(os.environ.items())
             if k.startswith(("APR_", "CUPY_")) or k in ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "LD_LIBRARY_PATH")}
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """The whole environment with these changes, for a pytest that apr starts; options meant for another are dropped."""
+    return {k: v for k, v in os.environ.items() if k != "PYTEST_ADDOPTS"} | dict(changes)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from apr.contract import OpContract, load_all
+from apr.paths import contracts_dir
+
 ROOT = Path(__file__).parents[2]
 # The exceptions, by name: stems that have a reference, a contract and a test, but no kernel of their own.
 COMPOSITIONS = {"block", "model", "kv_cache"}
@@ -14,8 +17,13 @@ FUSED = {"residual": "rmsnorm"}
 # Decoding fuses these: their truth is these references, one after the other.
 DECODING = {"decode_linear": ("linear", "rmsnorm", "residual", "swiglu"),
             "decode_attention": ("attention", "rope", "rmsnorm")}
-# And contracts of things that are no ops.
-NOT_OPS = {"ptx_cache", "buffers"}
+# Contracts of parts that are no ops, and those of the documents of the Rust system, under their own names.
+PARTS = {"ptx_cache", "buffers", "trainer", "eval", "guards", "data", "apr_file", "safetensors", "gguf", "gate",
+         "live_gate"}
+DOCUMENTS = {"apr-pretrain-cuda-forward-parity", "apr-pretrain-cuda-rmsnorm-eps-parity",
+             "apr-pretrain-cuda-rope-theta-cache-key", "apr-pretrain-init-finetune", "apr-pretrain-arch-polymorphic",
+             "apr-pretrain-from-init", "gpu-training-backend", "training-loop-pretrain", "apr-cpu-vs-gpu-output-parity",
+             "apr-vs-gguf-forward-parity", "apr-cli-trace-save-tensor"}
 
 
 def stems(pattern: str) -> set[str]:
@@ -26,6 +34,7 @@ def stems(pattern: str) -> set[str]:
 
 REFERENCE = stems("apr/reference/*.py")
 OPS = REFERENCE - COMPOSITIONS
+CONTRACTS = REFERENCE | DECODING.keys() | PARTS | DOCUMENTS
 
 
 def test_there_are_ops():
@@ -34,10 +43,14 @@ def test_there_are_ops():
     assert COMPOSITIONS <= REFERENCE
 
 
+def test_the_contracts_are_those_of_ops_and_of_documents_and_no_others():
+    contracts = {c.name: c for c in load_all(contracts_dir())}
+    assert {n for n, c in contracts.items() if isinstance(c, OpContract)} == REFERENCE | DECODING.keys()
+    assert {n for n, c in contracts.items() if c.document} == DOCUMENTS
+
+
 def test_every_reference_has_its_contract_and_every_contract_its_reference():
-    assert stems("contracts/*-v1.yaml") - NOT_OPS == REFERENCE | DECODING.keys()
-    named = REFERENCE | DECODING.keys() | NOT_OPS
-    assert {p.name for p in (ROOT / "contracts").iterdir()} == {f"{s}-v1.yaml" for s in named}
+    assert {p.name for p in (ROOT / "contracts").iterdir()} == {f"{stem}-v1.yaml" for stem in CONTRACTS}
 
 
 def test_every_reference_has_its_test_and_every_test_its_reference():
