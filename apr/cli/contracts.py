@@ -141,6 +141,8 @@ def _described(contract: Contract, of: Standing) -> list[str]:
 
 def _falsify(args: argparse.Namespace) -> None:
     root = _root(args)
+    if args.receipt is not None and not args.receipt.absolute().parent.is_dir():
+        raise NotFoundError(str(args.receipt), "a folder to write it in", "no such folder", "make it first")
     contracts = load_all(root / "contracts")
     chosen = select(contracts, args.name)
     ids = {f.id for f in chosen}

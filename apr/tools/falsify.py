@@ -133,20 +133,20 @@ def judge(falsifier: Falsifier, run: Run) -> Outcome:
 
 
 def select(contracts: Iterable[Contract], names: Sequence[str]) -> list[Falsifier]:
-    """The falsifiers of these contracts or ids (all, if none are named), and those that they rest on, each once.
+    """The falsifiers of these contracts or ids (all, if none are named), and those that they rest on.
 
     Raises NotFoundError for a name that is neither.
     """
     by_contract = {c.name: c.falsifiers for c in contracts}
     by_id = {f.id: f for falsifiers in by_contract.values() for f in falsifiers}
-    chosen: dict[str, Falsifier] = {}
+    chosen = set[str]()
     for name in names or by_contract:
         if name not in by_contract and name not in by_id:
             raise NotFoundError(f"'{name}'", "a contract or a falsifier's id", "none of that name",
                                 did_you_mean(name, by_contract.keys() | by_id if "-" in name else by_contract))
         for falsifier in by_contract.get(name) or (by_id[name],):
-            chosen |= {f.id: f for f in (falsifier, *(by_id[other] for other in falsifier.rests_on))}
-    return list(chosen.values())
+            chosen |= {falsifier.id, *falsifier.rests_on}
+    return [f for f in by_id.values() if f.id in chosen]
 
 
 def falsify(root: Path, falsifiers: Sequence[Falsifier], suite: Suite, workers: int | None,
