@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         show_trace = environment().get("APR_TRACEBACK") == "1"
         command = _overview().parse_args(arguments[:1]).command
-        args = build(command).parse_args(arguments[1:])
+        args = build(command).parse_intermixed_args(arguments[1:])
         return int(module(command).run(args) or 0)
     except DeviceFault as e:  # nothing may ask CUDA for anything again, not even to give memory back
         code = _fail(e)

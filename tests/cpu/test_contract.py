@@ -1,6 +1,7 @@
 """Contracts: ours are valid and name every argument of the code; malformed ones are refused with a reason."""
 
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -210,10 +211,19 @@ def test_what_a_falsifier_cannot_rest_on(tmp_path, others, found):
     assert found in str(error.value)
 
 
+def test_the_example_of_the_documentation_is_a_contract(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "contracts.md").read_text(), re.S)
+    contract = load_contract(write(tmp_path, text, "rmsnorm"))
+    ours = next(c for c in CONTRACTS if c.name == "rmsnorm")
+    assert contract.falsifiers[0] in ours.falsifiers and contract.symbols.items() <= ours.symbols.items()
+    assert (contract.tolerance, contract.axes, contract.source) == (ours.tolerance, ours.axes, ours.source)
+
+
 def test_every_file_of_the_folder_is_a_contract_and_every_fault_is_found(tmp_path):
     write(tmp_path, VALID.replace("version: 1", "version: 3"))
     write(tmp_path, PLAIN.replace("[SCALE-001]", "[SCALE-009]"), "plan")
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "notes.txt").write_text(VALID)
     contracts, faults = read_folder(tmp_path)
     assert [c.name for c in contracts] == ["plan"]
+    assert "expected contracts and nothing else in their folder" in str(faults[0])
     assert [str(fault).split(": ")[0].rpartition("/")[2] for fault in faults] == ["notes.txt", "scale-v1.yaml", "plan"]

@@ -89,6 +89,18 @@ def test_the_run_of_all_gpu_tests_shows_what_holds_without_a_mutant(root):
     assert status(root)["scale"] == "red"
 
 
+def test_the_newer_of_two_runs_that_show_the_same_counts(root):
+    head, _, _ = (root / "contracts/scale-v1.yaml").read_text().partition("falsifiers:")
+    (root / "contracts/scale-v1.yaml").write_text(f"{head}falsifiers:\n{HELD_ON_GPU}")
+    (root / "contracts/plan-v1.yaml").unlink()
+    record(root, GPU, {"SCALE-201": "held"})
+    (root / "tests/cpu/test_more.py").touch()
+    assert status(root) == {"scale": "stale"}
+    run = {"passed": 7, "failed": 0, "skipped": 0, "digest": digest(root, GPU_SOURCES)}
+    (root / GPU_TESTS).write_text(json.dumps(run))
+    assert status(root) == {"scale": "proven"}
+
+
 def test_the_digest_of_the_gpu_tests_is_that_of_their_own_receipt():
     spec = importlib.util.spec_from_file_location("receipt", ROOT / "tests/gpu/receipt.py")
     receipt = importlib.util.module_from_spec(spec)
