@@ -18,8 +18,8 @@ FUSED = {"residual": "rmsnorm"}
 DECODING = {"decode_linear": ("linear", "rmsnorm", "residual", "swiglu"),
             "decode_attention": ("attention", "rope", "rmsnorm")}
 # Contracts of parts that are no ops, and those of the documents of the Rust system, under their own names.
-PARTS = {"ptx_cache", "buffers", "trainer", "eval", "guards", "data", "apr_file", "safetensors", "gguf", "gate",
-         "live_gate"}
+PARTS = {"ptx_cache", "buffers", "trainer", "eval", "guards", "data", "checkpoint", "apr_file", "safetensors", "gguf",
+         "gate", "live_gate"}
 DOCUMENTS = {"apr-pretrain-cuda-forward-parity", "apr-pretrain-cuda-rmsnorm-eps-parity",
              "apr-pretrain-cuda-rope-theta-cache-key", "apr-pretrain-init-finetune", "apr-pretrain-arch-polymorphic",
              "apr-pretrain-from-init", "gpu-training-backend", "training-loop-pretrain", "apr-cpu-vs-gpu-output-parity",

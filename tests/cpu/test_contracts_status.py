@@ -3,14 +3,18 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_checkout import SURVIVES, edit, plant
+from fake_driver import H200, found
 
 from apr.cli import contracts as command
 from apr.cli.main import main
 from apr.contract import load_all
 from apr.driver import DriverInfo
+from apr.tools import receipts
 from apr.tools.falsify import Outcome
 from apr.tools.receipts import (
     GPU_SOURCES,
@@ -124,6 +128,15 @@ def test_other_files_do_not_change_it(root):
     (root / "apr/__pycache__").mkdir()
     (root / "apr/__pycache__/scale.pyc").touch()
     assert digest(root) == before
+
+
+def test_what_a_receipt_says_of_the_machine(monkeypatch):
+    assert set(machine(None)) == {"python", "numpy", "platform"} and machine(None)["numpy"] == np.__version__
+    nvrtc = SimpleNamespace(getVersion=lambda: (13, 0))
+    monkeypatch.setattr(receipts, "import_cupy", lambda: SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc)))
+    monkeypatch.setattr(receipts, "cupy_distributions", lambda: {"cupy-cuda13x": "14.2.0"})
+    assert machine(found(H200)).items() >= {"device": "NVIDIA H200", "driver": "13.0", "cuda": "13.0",
+                                            "cupy": "14.2.0"}.items()
 
 
 DAMAGED = {"nothing": "", "cut": '{"machine": ', "a list": "[]", "a key less": ("date", None),
