@@ -193,6 +193,9 @@ def _conclude(args: argparse.Namespace, chosen: list[Falsifier], outcomes: list[
     _say(args, {**counts, "seconds": round(seconds, 1)},
          f"killed {killed} of {mutants} mutants{share}, {rest}, {seconds:.0f} s")
     if args.receipt is not None:
+        if digest(_root(args)) != tested:  # copies are taken when a suite begins
+            raise MeasureError(f"{args.receipt}", "one state of the sources during the run", "they have changed",
+                               "run it again; no receipt was written")
         write_receipt(args.receipt, machine(probe() if gpu else None), tested, seconds, counts, outcomes)
     if bad := [o for o in outcomes if o.outcome in FAULTS]:
         raise GateError("apr contracts falsify", "every mutant killed or equivalent, every claim held",

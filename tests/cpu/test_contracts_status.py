@@ -205,6 +205,16 @@ def test_a_run_leaves_the_receipt_that_status_reads(root, capsys, monkeypatch):
     assert "SCALE-004  survived: a shift is by one" in capsys.readouterr().out
 
 
+def test_no_receipt_of_sources_that_changed_during_the_run(root, capsys, monkeypatch):
+    def changed(*_):
+        (root / "tests/cpu/test_new.py").touch()
+        return [Outcome("SCALE-001", "killed")]
+
+    monkeypatch.setattr(command, "falsify", changed)
+    assert main(["contracts", "falsify", "SCALE-001", "--cpu", "--root", str(root), "--receipt", str(root / CPU)]) == 12
+    assert "they have changed" in capsys.readouterr().err and not (root / CPU).exists()
+
+
 def test_a_receipt_without_a_folder_is_refused_before_anything_runs(root, capsys):
     assert main(["contracts", "falsify", "--cpu", "--root", str(root), "--receipt", "/nowhere/r.json"]) == 3
     out, err = capsys.readouterr()
