@@ -43,6 +43,12 @@ def test_apr_round_trip(dtype, tmp_path, rng):
     assert all(t.flags.writeable for t in tensors.values()), "memory of its own"
 
 
+def test_apr_codes_of_the_types_are_the_formats():
+    """A code that was wrong in reader and writer alike would pass every round trip."""
+    assert {d.name: d.apr_code for d in DTYPES} == {"F32": 0, "F16": 1, "F64": 3, "I32": 4, "I64": 5, "I8": 6, "U8": 7,
+                                                    "BF16": 30}
+
+
 def test_apr_same_input_same_bytes(tmp_path, rng):
     arrays = {name: rng.standard_normal((3, 5)).astype(np.float32) for name in ("b", "a", "c")}
     write_apr(tmp_path / "x.apr", arrays, {"k": 1, "j": 2})

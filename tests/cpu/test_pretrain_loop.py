@@ -1,6 +1,7 @@
 """The loop's policy, driven by stand-ins: epochs, ends, guards, stops, and the events that it emits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from models import train_config
@@ -56,6 +57,7 @@ def test_a_whole_run():
     artifact = script.saved[-1][0]
     assert artifact.epoch == 2 and artifact.tokens_seen == 768
     assert artifact.train_loss == 5.0 and artifact.train_ppl == math.exp(5.0)
+    assert artifact.val_loss == 5.0 and artifact.val_ppl == math.exp(5.0)
 
 
 def test_target_and_patience():
@@ -63,6 +65,28 @@ def test_target_and_patience():
     assert end["status"] == "OK" and end["epochs_completed"] == 2 and "converged" in end["detail"]
     end = run(Script(vals={0: 4.0, 1: 4.1, 2: 4.2}), [], patience=0, min_epochs=2)
     assert end["status"] == "EARLY_STOP" and end["epochs_completed"] == 2
+    end = run(Script(), [], patience=0, min_epochs=1)  # as good as before is no improvement
+    assert end["status"] == "EARLY_STOP" and end["epochs_completed"] == 2
+
+
+def test_losses_are_weighted_by_their_tokens():
+    """An epoch whose steps count unequal targets: no mean of means."""
+    script = Script(losses={0: 2.0})
+    plain = script.step
+    script.step = lambda step, lr: replace(plain(step, lr), tokens=6 if step == 0 else 64)
+    run(script, [])
+    assert script.saved[1][0].train_loss == pytest.approx((2.0 * 6 + 5.0 * 64 * 4) / (6 + 64 * 4))
+
+
+def test_validation_is_held_against_the_last_ten_training_losses():
+    losses = dict.fromkeys(range(5, 10), 4.0)  # after five of 5.0: their mean is 4.5
+    for val_loss, trips in ((0.89, True), (0.91, False)):
+        script = Script(losses=losses, vals={0: 1.2, 1: val_loss, 2: val_loss})
+        if trips:
+            with pytest.raises(GateError, match="EVAL-METHODOLOGY-002"):
+                run(script, [])
+        else:
+            assert run(script, [])["status"] == "OK"
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 7])

@@ -12,6 +12,7 @@ def test_warmup_cosine_floor():
     assert [lr_at(c, s) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert lr_at(c, 4) == 1.0
     assert math.isclose(lr_at(c, 9), 0.55)  # half-way down
+    assert math.isclose(lr_at(c, 6), 0.1 + 0.45 * (1 + math.cos(math.pi / 5)))  # slower than a line at first
     assert lr_at(c, 14) == lr_at(c, 99) == 0.1
 
 

@@ -70,6 +70,8 @@ def test_a_snapshots_hashes_are_the_trainers():
     assert snapshot.parameters_sha256 == trainer.parameters_sha256() == sha256_of(trainer.params)
     assert snapshot.optimizer_state_sha256 == trainer.optimizer_state_sha256() and snapshot.step == 1
     assert sha256_of(snapshot.optimizer, 2) != snapshot.optimizer_state_sha256
+    renamed = {f"x{name}": array for name, array in snapshot.params.items()}
+    assert sha256_of(renamed) != snapshot.parameters_sha256  # the same bytes under other names
     assert all(view.base is not None for view in snapshot.params.values())  # the CPU's own memory
 
 

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 from compare import assert_close
+from golden_file import NAMES, load
 from models import FAMILIES, SMALL, random_batch, train_config
 
+import apr.train.trainer
 from apr.config import IGNORE
 from apr.data.batch import LMBatch
 from apr.errors import ConfigError, FormatError, ShapeError, UnavailableError
@@ -102,6 +104,50 @@ def test_a_non_finite_gradient_applies_nothing():
     assert (trainer.parameters_sha256(), trainer.optimizer_state_sha256()) == before
 
 
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1e-3), (math.inf, 1e-3), (3.0, math.nan), (3.0, math.inf)])
+def test_neither_loss_nor_norm_alone_gives_permission(monkeypatch, loss, gradient):
+    trainer = TransformerTrainer.new(SMALL, train_config())
+    before = trainer.parameters_sha256(), trainer.optimizer_state_sha256()
+
+    def broken(params, grads, *_):
+        grads["model.norm.weight"][3] = gradient
+        return loss
+
+    monkeypatch.setattr(apr.train.trainer, "loss_and_gradients", broken)
+    trainer.train_batch(random_batch(8))
+    assert not trainer.last_stats.applied and trainer.step == 0
+    assert (trainer.parameters_sha256(), trainer.optimizer_state_sha256()) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_steps_of_the_trainer_are_hugging_faces(name):
+    """The golden files' losses, norms and final weights, with the trainer's own clipping, decay and step count."""
+    golden = load(name)
+    a, arrays = golden.adamw, golden.arrays
+    config = train_config(lr=a["lr"], beta1=a["betas"][0], beta2=a["betas"][1], adam_eps=a["eps"],
+                          weight_decay=a["weight_decay"], max_grad_norm=a["max_grad_norm"])
+    trainer = TransformerTrainer.with_model(golden.config, {k: v.copy() for k, v in golden.group("param").items()},
+                                            config)
+    for step, (loss, norm) in enumerate(zip(arrays["losses"], arrays["norms"], strict=True)):
+        ours = trainer.train_batch(LMBatch(arrays["inputs"][step], arrays["targets"][step]), lr=a["lr"])
+        assert abs(ours - loss) <= 1e-5, f"loss of step {step}"
+        assert abs(trainer.last_grad_norm - norm) <= 5e-5 * norm, f"gradient norm of step {step}"
+    for key, value in golden.group("final").items():
+        assert_close(trainer.params[key], value, 5e-5, f"{key} after ten steps")
+
+
+def test_going_on_from_a_state_is_the_same_training():
+    through = TransformerTrainer.new(SMALL, train_config())
+    for seed in range(3):
+        through.train_batch(random_batch(seed))
+    again = TransformerTrainer.with_model(SMALL, {k: v.copy() for k, v in through.params.items()}, train_config())
+    again.load_optimizer({k: v.copy() for k, v in through.optimizer_state().items()}, through.step)
+    for trainer in (through, again):
+        trainer.train_batch(random_batch(3))
+    assert again.parameters_sha256() == through.parameters_sha256()
+    assert again.optimizer_state_sha256() == through.optimizer_state_sha256() and again.last_stats == through.last_stats
+
+
 def test_hashes_see_every_bit_and_the_step():
     trainer = TransformerTrainer.new(SMALL, train_config())
     trainer.train_batch(random_batch(9))
@@ -142,6 +188,11 @@ def test_refusals():
         arrays = dict(TransformerTrainer.new(SMALL, train_config()).params)
         del arrays["model.layers.1.self_attn.q_proj.bias"]
         TransformerTrainer.with_model(SMALL, arrays, train_config())
+    for change, says in (({"extra": np.zeros(1, np.float32)}, "extra"),
+                         ({"model.norm.weight": np.full(SMALL.C, np.nan, np.float32)}, "finite")):
+        with pytest.raises(FormatError, match=says):
+            whole = TransformerTrainer.new(SMALL, train_config()).params
+            TransformerTrainer.with_model(SMALL, {**whole, **change}, train_config())
     with pytest.raises(ShapeError):
         _ = TransformerTrainer.new(SMALL, train_config()).last_grad_norm
     with pytest.raises(ShapeError, match="T = 65"):
