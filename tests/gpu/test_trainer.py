@@ -71,6 +71,19 @@ def test_graphs_and_poison_change_no_bit(dev, precision):
 
 
 @BOTH
+def test_a_graph_is_of_its_kind_and_its_shape(dev, precision):
+    """Evaluated and trained in turns on batches that differ in length alone, thrice each: run, recorded, replayed."""
+    long, short = random_batch(0), random_batch(1, length=9)
+    runs = []
+    for graphs in (False, True):
+        t = trainer(dev, precision=precision, graphs=graphs)
+        losses = [[t.eval_batch(long), t.train_batch(long), t.train_batch(short), t.eval_batch(short)]
+                  for _ in range(3)]
+        runs.append((losses, t.parameters_sha256(), t.optimizer_state_sha256()))
+    assert runs[0] == runs[1]
+
+
+@BOTH
 def test_evaluation_is_independent_of_training(dev, precision):
     """Upstream's evaluation was 1500 times too small: it read what training had left."""
     t, held, other = trainer(dev, precision=precision, poison=True), random_batch(50), random_batch(51)
