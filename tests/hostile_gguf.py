@@ -87,7 +87,7 @@ def file_cases():
     for kind in (4, 5, 31, 36, 42, 200, 2**31, 2**32 - 1):
         yield case("B6", f"type {kind}", w(3, 2, kind=kind), "type")
     for kind, name in ((2, "Q4_0"), (8, "Q8_0"), (12, "Q4_K"), (14, "Q6_K"), (39, "MXFP4")):
-        for dims in ((31, 2), (33, 2), (100, 2)):
+        for dims in ((31, 2), (33, 2), (48, 2), (100, 2)):
             yield case("B12", f"{name} {dims}", w(*dims, kind=kind), name)
     for kind, name in ((24, "I8"), (28, "F64"), (34, "TQ1_0"), (16, "IQ2_XXS")):
         size = {24: 256, 28: 2048, 34: 54, 16: 66}[kind]

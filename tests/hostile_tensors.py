@@ -135,6 +135,8 @@ def apr_cases():
                          ("unaligned", (72, 5)), ("empty beyond the end", (192, 0))):
         dims = (second[1],) if second[1] < 2**63 else (5,)
         yield case("B4", what, apr_bytes([ENTRIES[0], entry(b"b", 7, dims, *second)]), cli=what == "overlap")
+    yield case("B4", "hole, with the data to fill it", apr_bytes([ENTRIES[0], entry(b"b", 7, (5,), 128, 5)],
+                                                                data=A + bytes(64) + B))
     yield case("B4", "data without tensors", apr_bytes([]))
     for what, dims, nbytes in (("wraps to 16 bytes", WRAPS, 16), ("wraps to 0", (2**32, 2**30), 0),
                                ("2^63", (2**63,), 0), ("empty, yet too large", (0, 2**62), 0),
@@ -201,6 +203,8 @@ def safetensors_cases():
                              ("negative", -24, 0), ("2^64", 2**64, 2**64 + 24),
                              ("4000 digits", 10**4000, 10**4000 + 24)):
         yield case("B4", what, st_with(data_offsets=[start, end]), cli=what == "reversed")
+    yield case("B4", "hole, with the data to fill it", st_bytes({**ST, "b": {**ST["b"], "data_offsets": [28, 33]}},
+                                                                bytes(33)))
     for value in ([True, 24], [0.0, 24.0], ["0", "24"], [0], [0, 24, 24], None, {}, 24, "ab", [[0], [24]]):
         yield case("B4", f"offsets {value!r}", st_with(data_offsets=value))
     for what, shape in (("wraps", list(WRAPS)), ("zeros", [0, 2**62]), ("2^63", [2**63]), ("nine", [1] * 7 + [2, 3]),

@@ -92,8 +92,10 @@ def test_rows_turn_one_rotation_into_the_other(rng):
 
 def test_only_q_and_k_of_llama_are_reordered():
     names = [s.name for s in param_specs(LLAMA)]
-    assert {n.split(".")[-2]: permuted_heads(n, LLAMA) for n in names if permuted_heads(n, LLAMA)} == {
-        "q_proj": LLAMA.NH, "k_proj": LLAMA.NKV}
+    mistral = dataclasses.replace(LLAMA, hf_model_type="mistral", hf_architecture="MistralForCausalLM")
+    for config in (LLAMA, mistral):  # one architecture in GGUF
+        assert {n.split(".")[-2]: permuted_heads(n, config) for n in names if permuted_heads(n, config)} == {
+            "q_proj": LLAMA.NH, "k_proj": LLAMA.NKV}
     for config in (QWEN2, QWEN3):
         assert not any(permuted_heads(s.name, config) for s in param_specs(config))
 
