@@ -13,6 +13,7 @@ from models import SMALL, random_batch, train_config
 
 import apr.files
 from apr.errors import FormatError, IntegrityError, NotFoundError, StorageError
+from apr.files import sha256_file
 from apr.train import checkpoint
 from apr.train.trainer import TransformerTrainer
 
@@ -147,3 +148,25 @@ def test_refusals(tmp_path):
         (path / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(FormatError, match=r"manifest\.json"):
             checkpoint.read_checkpoint(path)
+    (path / "run.py").write_text("a file more")
+    entry = {"size": 11, "sha256": sha256_file(path / "run.py")}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "files": {**manifest["files"], "run.py": entry}}))
+    with pytest.raises(FormatError, match=r"manifest\.json"):
+        checkpoint.read_checkpoint(path)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tmp_path):
+    """Sound bytes of another model's moments, half of the moments, another step's state."""
+    trainer = trained()
+    norm = "v.model.norm.weight"
+    for n, change in enumerate((lambda o: o.update({norm: o[norm][:-1]}), lambda o: o.pop(norm),
+                                lambda o: o.update({norm: o[norm][None]}))):
+        moments = dict(trainer.optimizer_state())
+        change(moments)
+        path = checkpoint.write_checkpoint(tmp_path / str(n), 3, SMALL, trainer.params, moments, {"step": 3}, None)
+        with pytest.raises(FormatError, match=r"optimizer\.safetensors: expected m and v of every parameter"):
+            checkpoint.read_checkpoint(path)
+    path = checkpoint.write_checkpoint(tmp_path / "s", 3, SMALL, trainer.params, trainer.optimizer_state(), {"step": 2},
+                                       None)
+    with pytest.raises(FormatError, match=r"state\.json: expected the manifest's step"):
+        checkpoint.read_checkpoint(path)

@@ -107,7 +107,8 @@ def test_scores_end_to_end_and_their_near_ties(precision, error, gap, fine):
     """`gap` under 1: the two best of the last position change places, that far apart in the spread of the scores."""
     truth = np.random.default_rng(2).uniform(0, 0.5, (3, 50))
     truth[:, 0], truth[:, 7], truth[:, 9] = 0, 1, 1 - gap if gap < 1 else 0.6
-    seen = truth * (1 + error)
+    seen = truth.copy()
+    seen[0] *= 1 + error  # in one position, which a mean over all would hide
     if gap < 1:
         seen[2, [7, 9]] = seen[2, [9, 7]]
     judge = _Judge(precision, {"prompt": {"logits": seen}, "decoding": {"logits": truth}})
