@@ -88,6 +88,27 @@ def test_block_taps_every_stage_and_backward_walks_them_in_reverse(rng, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_block_stages_are_what_they_are_called(rng, name):
+    """Each from those before it, so that two programs that show `q_linear` show the same thing: before the bias."""
+    layer, seen = Layer(name, rng), {}
+    layer.forward(None, seen.__setitem__)
+    w = {k.removeprefix("model.layers.0."): v for k, v in layer.params.items()}
+    heads = (*layer.x.shape[:2], -1, layer.config.HS)
+    expected = {}
+    for p in "qkv":
+        expected[f"{p}_linear"] = seen["attn_norm"] @ w[f"self_attn.{p}_proj.weight"].T
+        expected[f"{p}_bias"] = (seen[f"{p}_linear"] + w.get(f"self_attn.{p}_proj.bias", 0)).reshape(heads)
+    for stage, given, part in (("attn_out", "attn_heads", "self_attn.o"), ("ffn_gate", "ffn_norm", "mlp.gate"),
+                               ("ffn_up", "ffn_norm", "mlp.up"), ("ffn_out", "ffn_swiglu", "mlp.down")):
+        expected[stage] = seen[given] @ w[f"{part}_proj.weight"].T
+    expected |= {"attn_residual": layer.x + seen["attn_out"], "ffn_swiglu": seen["ffn_silu"] * seen["ffn_up"],
+                 "ffn_silu": seen["ffn_gate"] / (1 + np.exp(-seen["ffn_gate"])),
+                 "output": seen["attn_residual"] + seen["ffn_out"]}
+    for stage, array in expected.items():
+        assert_close(seen[stage], array, EXACT, stage)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_block_tapped_gradients_explain_the_parameters(rng, name):
     """dweight = doutᵀ · inp and dbias = sum of dout, with dout and inp as tapped: a tap is the array it says it is."""
     layer, forward, backward = Layer(name, rng), {}, {}

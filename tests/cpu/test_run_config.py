@@ -47,6 +47,14 @@ def test_without_a_model_to_begin_from_it_is_llama_370m_from_scratch():
     assert given.model == SMALL and given.mode == "finetune" and given.init == "somewhere"
 
 
+def test_what_to_train_on_is_said_and_never_assumed():
+    """INV-TRAIN-010: made-up losses are asked for, real ones need data."""
+    bare = build("pretrain").parse_args(["--run-dir", "x"])
+    with pytest.raises(ConfigError, match="INV-TRAIN-010"):
+        build_config(bare)
+    assert not asked().synthetic and asked("--synthetic").synthetic
+
+
 def test_the_least_learning_rate_follows_the_one_given():
     for flags, expected in (((), 3e-6), (("--lr", "1e-2"), 1e-4), (("--lr", "1e-6"), 1e-7), (("--lr", "1e-8"), 1e-8)):
         assert asked(*flags).train.lr_min == pytest.approx(expected, rel=1e-12)
