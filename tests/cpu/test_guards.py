@@ -33,7 +33,8 @@ def test_zero_is_a_number_like_others(field):
 
 @pytest.mark.parametrize(("change", "gate"), [
     ({"loss": math.nan}, "INV-TRAIN-007"), ({"grad_norm": math.inf}, "INV-TRAIN-007"),
-    ({"lr": math.nan}, "INV-TRAIN-007"),
+    ({"lr": math.nan}, "INV-TRAIN-007"), ({"lr": math.inf}, "INV-TRAIN-007"),
+    ({"tokens_per_sec": math.inf}, "INV-TRAIN-008"), ({"wall_ms": math.inf}, "INV-TRAIN-008"),
     ({"lr": -1e-9}, "INV-TRAIN-008"), ({"tokens_per_sec": -1.0}, "INV-TRAIN-008"),
     ({"loss": 0.0}, "INV-TRAIN-008"), ({"loss": -1.0}, "INV-TRAIN-008"), ({"grad_norm": -1.0}, "INV-TRAIN-008"),
     ({"tokens_per_sec": math.nan}, "INV-TRAIN-008"), ({"wall_ms": -1.0}, "INV-TRAIN-008"),
