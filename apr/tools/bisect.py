@@ -12,6 +12,7 @@ The numbers are upstream's (docs/debugging.md). Inputs of a stage were outputs o
 fails first is what is wrong; `explain` then looks for the fault that would have made this very result.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -180,10 +181,12 @@ class Bisection:
         return bool(self.findings) and not self.everything
 
     def report(self) -> dict[str, Any]:
-        """What was checked and found, for JSON."""
-        return {"model": str(self.source.path), "precision": self.subject.precision,
-                "phases": [{**asdict(p), "findings": len(p.findings)} for p in self.phases],
-                "findings": [asdict(f) for f in self.findings]}
+        """What was checked and found, for JSON; numbers that are none are null."""
+        found: dict[str, Any] = _finite({
+            "model": str(self.source.path), "precision": self.subject.precision,
+            "phases": [{**asdict(p), "findings": len(p.findings)} for p in self.phases],
+            "findings": [asdict(f) for f in self.findings]})
+        return found
 
     def inference(self, subject: Generating) -> None:
         """Prompt and decoding. Raises as the engine."""
@@ -318,3 +321,11 @@ class Bisection:
         targets = ids[:, 1:].copy()
         targets[:, length // 2] = IGNORE
         return LMBatch(ids[:, :-1].copy(), targets)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

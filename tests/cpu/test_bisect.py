@@ -34,6 +34,13 @@ def search(kind, name, upload=lambda name, array: array, everything=False, prepa
     return bisection
 
 
+def findings(*args, **kwargs):
+    """What the bisection of a stand-in found, which must be something."""
+    found = search(*args, **kwargs).findings
+    assert found, "the fault was not found"
+    return found
+
+
 @pytest.mark.parametrize("kind", [HostEngine, HostTrainer])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_sound_model_has_no_finding(kind, name):
@@ -95,21 +102,21 @@ FORWARD = {  # module, function, wrong one, stage, kind, value
 def test_a_planted_fault_of_forward_is_named(monkeypatch, fault):
     module, function, wrong, stage, kind, value = FORWARD[fault]
     monkeypatch.setattr(module, function, wrong)
-    found = search(HostTrainer, "qwen2").findings
+    found = findings(HostTrainer, "qwen2")
     assert (found[0].stage, found[0].cause.kind) == (stage, kind), found[0]
     assert value is None or found[0].cause.value == pytest.approx(value, rel=0.05)
 
 
 def test_the_first_stage_is_named_where_the_last_layer_is_wrong(monkeypatch):
     once(monkeypatch, block, "rmsnorm_forward", eps_of_llama, 5)  # the third layer's first norm
-    found = search(HostTrainer, "qwen2").findings
+    found = findings(HostTrainer, "qwen2")
     assert (found[0].stage, found[0].cause.kind, found[0].contract) == (
         "L02.attn_norm", "eps", "apr-pretrain-cuda-rmsnorm-eps-parity-v1")
 
 
 @pytest.mark.parametrize("kind", [HostEngine, HostTrainer])
 def test_a_transposed_upload_is_named(kind):
-    found = search(kind, "llama", lambda n, a: np.ascontiguousarray(a.T) if n == O_PROJ else a).findings
+    found = findings(kind, "llama", lambda n, a: np.ascontiguousarray(a.T) if n == O_PROJ else a)
     assert [(f.phase, f.stage, f.cause.kind) for f in found] == [
         ("H4D.1 uploads", f"upload.{O_PROJ}", "transposed")]
 
@@ -121,7 +128,7 @@ def test_one_flipped_bit_of_an_upload_is_named():
             array.view(np.uint32)[3, 4] ^= 1
         return array
 
-    found = search(HostEngine, "llama", flip).findings
+    found = findings(HostEngine, "llama", flip)
     assert found[0].stage == f"upload.{O_PROJ}"
     assert found[0].cause.kind == "bits"
     assert "1 of 2304 elements are not the file's, the first at [3, 4]" in found[0].cause.text
@@ -141,7 +148,7 @@ def test_stale_keys_are_named(monkeypatch):
         return cached
 
     monkeypatch.setattr(kv_cache.KVCache, "attend", forgetful)
-    found = search(HostEngine, "qwen2").findings
+    found = findings(HostEngine, "qwen2")
     assert [(f.phase, f.stage, f.cause.kind) for f in found] == [("H4D.2 decoding", "L00.k_cache", "stale")]
 
 
@@ -150,7 +157,7 @@ def test_generation_that_starts_elsewhere_is_named():
         right = subject.generate
         subject.generate = lambda ids, count: right(ids[:-1], count)  # one token too early
 
-    found = search(HostEngine, "llama", prepare=prepare).findings
+    found = findings(HostEngine, "llama", prepare=prepare)
     assert (found[0].phase, found[0].stage, found[0].cause.kind) == ("H4D.2 generation", "generated", "tokens")
 
 
@@ -160,7 +167,7 @@ def off_by_one(logits, targets, dloss):
 
 
 def test_a_cross_entropy_off_by_one_row_is_named():
-    found = search(HostTrainer, "llama", prepare=lambda s: setattr(s, "cross_entropy", off_by_one)).findings
+    found = findings(HostTrainer, "llama", prepare=lambda s: setattr(s, "cross_entropy", off_by_one))
     assert (found[0].phase, found[0].stage, found[0].cause.kind) == ("H4D.3 loss", "losses", "target_row")
 
 
@@ -170,7 +177,7 @@ def uncorrected(param, m, v, grad, *, step, **rest):
 
 
 def test_adamw_without_bias_correction_is_named():
-    found = search(HostTrainer, "llama", prepare=lambda s: setattr(s, "adamw", uncorrected)).findings
+    found = findings(HostTrainer, "llama", prepare=lambda s: setattr(s, "adamw", uncorrected))
     assert found[0].phase == "H4D.4 optimizer" and found[0].stage.startswith("update.")
     assert found[0].cause.kind == "correction"
 
@@ -183,6 +190,6 @@ def test_a_gradient_of_the_wrong_heads_is_named(monkeypatch):
         return dq, dk[:, :, ::-1], dv
 
     monkeypatch.setattr(block, "attention_backward", wrong)
-    found = search(HostTrainer, "llama").findings
+    found = findings(HostTrainer, "llama")
     assert (found[0].phase, found[0].stage) == ("H4D.2 backward", "L02.dk_rope")
     assert found[0].cause.kind == "permuted"
