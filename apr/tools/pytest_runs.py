@@ -67,11 +67,15 @@ def python(root: Path, arguments: Iterable[str], environment: Mapping[str, str],
 
 def pytest(root: Path, tests: Iterable[str], options: Iterable[str], environment: Mapping[str, str],
            timeout: float, report: Path) -> Run:
-    """These tests (ids or files) of a checkout; `report` is a file to write and read again, outside of it."""
+    """These tests (ids or files) of a checkout; `report` is a file to write and read again, outside of it.
+
+    Temporary folders are beside the report: runs at once would clear away each other's in a common place.
+    """
     report.unlink(missing_ok=True)
     start = time.monotonic()
     try:
-        run = python(root, ["-m", "pytest", "-q", "--rootdir=.", f"--junitxml={report}", *options, *tests],
+        run = python(root, ["-m", "pytest", "-q", "--rootdir=.", f"--junitxml={report}",
+                            f"--basetemp={report.with_suffix('.tmp')}", *options, *tests],
                      environment, timeout)
     except subprocess.TimeoutExpired:
         return Run(TIMED_OUT, f"no end in {timeout:.0f} s", seconds=time.monotonic() - start)
