@@ -24,6 +24,7 @@ COMMANDS = {
     "import": "turn a Hugging Face folder, a GGUF file or a model of the hub into an .apr file",
     "export": "turn a model into a Hugging Face folder, a GGUF file or a safetensors file",
     "inspect": "show what a model file, checkpoint, run, tokenizer or shard folder holds, and verify it",
+    "parity": "hold a model's scores against the reference's, another file's or given ones, at every position",
     "trace": "show what a model computes at every point: statistics, tensors, differences from another run",
     "bisect": "name the first stage where the GPU departs from the reference, and the likely cause",
     "plan": "show the GPU memory that training a model takes, and whether it fits",
