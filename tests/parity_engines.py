@@ -1,4 +1,4 @@
-"""Stand-ins for a GPU's engine: the CPU's with a broken reader, one whose stages are rounded, one with a stale cache."""
+"""Stand-ins for a GPU's engine: the CPU's with a broken reader, with every stage rounded, with a stale cache."""
 
 import dataclasses
 
