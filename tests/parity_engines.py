@@ -72,7 +72,7 @@ class Rounded(Exact):
 
     def scores(self, prompts, cached, tap=None):
         """As Engine.scores; the ways differ in nothing."""
-        return reference_scores(self.source, prompts, "bf16", rounded=True)
+        return reference_scores(self.source, prompts, "bf16", "bf16")
 
 
 class Stale(Exact):

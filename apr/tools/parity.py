@@ -20,6 +20,8 @@ from apr.tools.parity_judge import (
     PASS,
     UNMEASURED,
     Limits,
+    Measured,
+    Place,
     Position,
     Together,
     fixed_limit,
@@ -125,8 +127,7 @@ def against_reference(engine: Engine, source: ModelSource, prompts: Sequence[Pro
     _look_at(report, weights)
     found, ids = run_ways(engine, prompts), [p.ids for p in prompts]
     expected = reference_scores(source, ids, engine.precision)
-    limits = _limits(source, ids, engine.precision, expected)
-    _judge(report, prompts, found, dict.fromkeys(WAYS, expected), limits)
+    _judge(report, source, prompts, found, dict.fromkeys(WAYS, expected), exact=expected)
     return report
 
 
@@ -144,8 +145,7 @@ def against_model(source: ModelSource, other: ModelSource, make: Callable[[Model
     report.precision, report.slots = engine.precision, engine.B
     expected = run_ways(engine, prompts)
     del engine  # a model's memory
-    limits = _limits(source, [p.ids for p in prompts], report.precision, None)
-    _judge(report, prompts, run_ways(make(other), prompts), expected, limits)
+    _judge(report, source, prompts, run_ways(make(other), prompts), expected)
     return report
 
 
@@ -153,8 +153,8 @@ def against_scores(engine: Engine, source: ModelSource, prompts: Sequence[Prompt
                    rounding: float) -> Report:
     """An engine against given scores (T, V) of each prompt, which were rounded by `rounding` when they were stored."""
     report = Report(FILE, engine.device, "the given scores", engine.precision, engine.B)
-    limits = _limits(source, [p.ids for p in prompts], engine.precision, None, rounding)
-    _judge(report, prompts, run_ways(engine, prompts), dict.fromkeys(WAYS, expected), limits)
+    found = run_ways(engine, prompts)
+    _judge(report, source, prompts, found, dict.fromkeys(WAYS, expected), rounding)
     return report
 
 
@@ -174,24 +174,6 @@ def run_ways(engine: Engine, prompts: Sequence[Prompt]) -> Scores:
     return found
 
 
-def _limits(source: ModelSource, ids: list[list[int]], precision: str, exact: list[np.ndarray] | None,
-            rounding: float = 0.0) -> Limits:
-    """Fixed in float32; in bf16 from the reference's own rounding error, `exact` being its scores without rounding.
-
-    Without `exact` the rounding of the weights counts too: the other side may not have it.
-    """
-    fixed = fixed_limit(source.config.L, rounding)
-    if precision != "bf16":
-        return Limits(fixed, None)
-    exact = reference_scores(source, ids, "fp32") if exact is None else exact
-    rounded = reference_scores(source, ids, "bf16", rounded=True)
-    places = [(i, t) for i, row in enumerate(ids) for t in range(len(row))]
-    noise: list[list[Any]] = [[] for _ in ids]
-    for (i, _), measured in zip(places, measure_all(places, rounded, exact), strict=True):
-        noise[i].append(measured)
-    return Limits(fixed, noise)
-
-
 def _look_at(report: Report, weights: Weights) -> None:
     for _, fault in weights:
         report.weights_compared += 1
@@ -199,10 +181,47 @@ def _look_at(report: Report, weights: Weights) -> None:
             report.weight_faults.append(fault)
 
 
-def _judge(report: Report, prompts: Sequence[Prompt], found: Scores, expected: Scores, limits: Limits) -> None:
-    for way, cached in WAYS.items():
-        lengths = [len(p.ids) for p in prompts]
-        starts = [cached(t) or t if way == "continued" else 0 for t in lengths]  # one token cannot be continued
-        positions, together = judge_way(prompts, way, starts, found[way], expected[way], limits)
-        report.positions += positions
-        report.together += [together] if together else []
+def _judge(report: Report, source: ModelSource, prompts: Sequence[Prompt], found: Scores, expected: Scores,
+           rounding: float = 0.0, exact: list[np.ndarray] | None = None) -> None:
+    """Fill in positions and verdicts. `exact`: the reference's scores without rounding, where they are there already.
+
+    In bf16 the limits come from the reference's own rounding. In float32 they are fixed, and only where something is
+    beyond them it is asked whether float32 can do better there: a model may amplify roundings more than others do.
+    """
+    fixed, ids = fixed_limit(source.config.L, rounding), [p.ids for p in prompts]
+    places = {way: _places(way, [len(row) for row in ids]) for way in WAYS}
+    measured = {way: measure_all(places[way], found[way], expected[way]) for way in WAYS}
+    for calibrated in ((True,) if report.precision == "bf16" else (False, True)):
+        limits = Limits(fixed, _noise(source, ids, report.precision, exact) if calibrated else None)
+        report.positions, report.together = [], []
+        for way in WAYS:
+            positions, together = judge_way(prompts, way, places[way], measured[way], limits)
+            report.positions += positions
+            report.together += [together] if together else []
+        if not report.failed and all(t.verdict == PASS for t in report.together):
+            return
+
+
+def _places(way: str, lengths: list[int]) -> list[Place]:
+    """The positions that are judged of prompts of these lengths; one token cannot be continued."""
+    starts = [WAYS[way](t) or t if way == "continued" else 0 for t in lengths]
+    return [(i, t) for i, start in enumerate(starts) for t in range(start, lengths[i])]
+
+
+def _noise(source: ModelSource, ids: list[list[int]], precision: str, exact: list[np.ndarray] | None
+           ) -> list[list[Measured]]:
+    """What the plainest arithmetic of a precision costs at each position of each prompt, against a finer one.
+
+    Without `exact` the rounding of the weights to bf16 counts too: the other side may not have it.
+    """
+    if precision == "bf16":
+        finer = reference_scores(source, ids, "fp32") if exact is None else exact
+        plain = reference_scores(source, ids, "bf16", "bf16")
+    else:
+        finer = reference_scores(source, ids, "fp32", "fp64")
+        plain = reference_scores(source, ids, "fp32") if exact is None else exact
+    places = _places("prompt", [len(row) for row in ids])
+    noise: list[list[Measured]] = [[] for _ in ids]
+    for (i, _), measured in zip(places, measure_all(places, plain, finer), strict=True):
+        noise[i].append(measured)
+    return noise

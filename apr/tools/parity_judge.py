@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from apr.tools.compare import difference
 from apr.tools.gate import NEAR
@@ -20,10 +21,11 @@ THREADS = 8
 # float32: 24 layers of Qwen2-0.5B's shape end 1.6e-6 from float64, and five models of transformers within 2e-5 at every
 # position; each further layer adds its roundings. In nats: half the square of the largest error of a score.
 FP32_ERROR, FP32_KL, FP32_LAYERS = 2e-5, 1e-6, 24
-# bf16: the reference itself with every stage rounded shows what rounding costs here (docs/parity.md has the figures:
-# over 2,880 positions 2.5 times that at most, over all positions of a model 1.1 times). KL goes with the square.
+# Where rounding is measured with the reference itself: that of bf16 was at most 2.5 times as much at a position, and
+# 1.1 times over all positions, of 2,880 of 54 models (docs/parity.md). KL goes with the square.
 AT_ONE_POSITION, OVER_ALL = 4.0, 2.0
 SCALE_SHARE = 0.1  # of the error over all positions: roundings that do not cancel (measured: 0.03)
+Place = tuple[int, int]  # number of the prompt, position in it
 PASS, NEAR_TIE, FAIL, UNMEASURED = "pass", "near tie", "fail", "unmeasured"
 
 
@@ -142,7 +144,8 @@ def near_tie(m: Measured, limit: Limit) -> float:
 class Limits:
     """The limits of every position: fixed ones, or as multiples of what rounding alone does there.
 
-    `noise[i][t]` measures the rounded reference against the exact one at position t of prompt i; None: fixed limits.
+    `noise[i][t]` measures the reference in plain arithmetic against a finer one at position t of prompt i; None: fixed
+    limits.
     """
 
     def __init__(self, floor: Limit, noise: list[list[Measured]] | None) -> None:
@@ -160,8 +163,8 @@ class Limits:
         kl = AT_ONE_POSITION ** 2 * max(here.kl, self.kl)
         return Limit(max(error, self.floor.relative_l2), max(kl, self.floor.kl), error)
 
-    def together(self, places: Sequence[tuple[int, int]]) -> Limit:
-        """The limit of many positions, (prompt, position) each, taken as one array; with few of them luck remains."""
+    def together(self, places: Sequence[Place]) -> Limit:
+        """The limit of many positions taken as one array; with few of them luck remains."""
         if self.noise is None:
             return self.floor
         error, _ = _together([self.noise[i][t] for i, t in places])
@@ -190,14 +193,9 @@ def judge_together(way: str, positions: Sequence[Position], limit: Limit) -> Tog
     return Together(way, len(positions), error, scale, limit, FAIL if why else PASS, "; ".join(why))
 
 
-def judge_way(prompts: Sequence[Prompt], way: str, starts: Sequence[int], found: Sequence[np.ndarray],
-              expected: Sequence[np.ndarray], limits: Limits) -> tuple[list[Position], Together | None]:
-    """Every position of every prompt from starts[i] on, and all of them together; found, expected (T, V) each.
-
-    Together is None where not one position could be measured.
-    """
-    places = [(i, t) for i, p in enumerate(prompts) for t in range(starts[i], len(p.ids))]
-    measured = measure_all(places, found, expected)
+def judge_way(prompts: Sequence[Prompt], way: str, places: Sequence[Place], measured: Sequence[Measured],
+              limits: Limits) -> tuple[list[Position], Together | None]:
+    """The positions at `places`, measured, and all of them together; None where not one of them could be."""
     positions = [judge(prompts[i], way, t, m, limits.at(i, t)) for (i, t), m in zip(places, measured, strict=True)]
     known = [(p, place) for p, place in zip(positions, places, strict=True) if p.verdict != UNMEASURED]
     if not known:
@@ -205,8 +203,11 @@ def judge_way(prompts: Sequence[Prompt], way: str, starts: Sequence[int], found:
     return positions, judge_together(way, [p for p, _ in known], limits.together([place for _, place in known]))
 
 
-def measure_all(places: Sequence[tuple[int, int]], found: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+def measure_all(places: Sequence[Place], found: Sequence[np.ndarray], expected: Sequence[np.ndarray]
                 ) -> list[Measured]:
-    """`measure` at each (prompt, position), on several threads: a vocabulary in float64 is some megabytes of work."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    """`measure` at each place, on several threads: a vocabulary in float64 is some megabytes of work.
+
+    BLAS gets one for each of them: its own would wait for each other, which took four times as long.
+    """
+    with ThreadpoolController().select(user_api="blas").limit(limits=1), ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(lambda place: measure(found[place[0]][place[1]], expected[place[0]][place[1]]), places))

@@ -26,39 +26,43 @@ FLOATS, WHOLE_NUMBERS = ("F32", "F16", "BF16", "F64"), ("I32", "I64")
 ROUNDING = {"F32": 0.0, "F64": 0.0, "F16": 2.0 ** -11, "BF16": 2.0 ** -8}
 
 
-def reference_scores(source: ModelSource, prompts: Sequence[Sequence[int]], precision: str, rounded: bool = False
+def reference_scores(source: ModelSource, prompts: Sequence[Sequence[int]], weights: str, arithmetic: str = "fp32"
                      ) -> list[np.ndarray]:
-    """Scores (T, V) float32 at every position of each prompt, by the reference in float32, layer by layer.
+    """Scores (T, V) at every position of each prompt, by the reference, layer by layer.
 
-    The weights are the file's, rounded to the storage type of `precision`. With `rounded` every stage is rounded to
-    bfloat16 as well, which is what the plainest bf16 computation does: how far that is from the scores without it is
-    what rounding costs with this model and this prompt. Raises as source.read.
+    `weights` (fp32 or bf16): the file's are rounded to that. `arithmetic`: fp32 and fp64 are NumPy's, and bf16 is fp32
+    with every stage rounded, the plainest computation of that kind: how far the plainest one is from a finer one is
+    what rounding costs with this model and this prompt. float64 for fp64, else float32. Raises as source.read.
     """
-    c, weights, groups = source.config, Weights(source, precision), _groups([len(p) for p in prompts])
-    look: Tap | None = _round if rounded else None
-    table = weights.read(EMBED)
+    c, read, groups = source.config, Weights(source, weights), _groups([len(p) for p in prompts])
+    kind = np.dtype(np.float64 if arithmetic == "fp64" else np.float32)
+    look: Tap = _round if arithmetic == "bf16" else _leave
+    table = read.read(EMBED).astype(kind, copy=False)
     streams = [table[_padded([prompts[i] for i in group])] for group in groups]
     with np.errstate(all="ignore"):  # what is no number in the scores is reported there
-        for layer, params in weights.layers(c.L):
+        for layer, arrays in read.layers(c.L):
+            params = {name: array.astype(kind, copy=False) for name, array in arrays.items()}
             for i, x in enumerate(streams):
-                tables = rope_tables(np.arange(x.shape[1]), c.HS, c.rope_theta, c.rope_scaling, x.dtype)
+                tables = rope_tables(np.arange(x.shape[1]), c.HS, c.rope_theta, c.rope_scaling, kind)
                 streams[i] = block_forward(params, c, layer, x, tables, None, look)
-        head, norm = table if head_name(c) == EMBED else weights.read(head_name(c)), weights.read(NORM)
-        out: dict[int, np.ndarray] = {}
+        head = table if head_name(c) == EMBED else read.read(head_name(c)).astype(kind, copy=False)
+        norm, out = read.read(NORM).astype(kind, copy=False), dict[int, np.ndarray]()
         for group, x in zip(groups, streams, strict=True):
             for i, row in zip(group, x, strict=True):
                 normed = rmsnorm_forward(row[:len(prompts[i])], norm, c.rms_norm_eps)[0]
-                if rounded:
-                    _round("final_norm", normed)
+                look("final_norm", normed)
                 out[i] = linear_forward(normed, head)
-                if rounded:
-                    _round("logits", out[i])
+                look("logits", out[i])
     return [out[i] for i in range(len(prompts))]
 
 
 def _round(_name: str, array: np.ndarray) -> None:
     """A tap that rounds: the array is live, so what follows starts from the rounded values."""
     array[...] = array.astype(BF16)
+
+
+def _leave(_name: str, _array: np.ndarray) -> None:
+    """A tap that does nothing."""
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:
