@@ -27,6 +27,7 @@ COMMANDS = {
     "parity": "hold a model's scores against the reference's, another file's or given ones, at every position",
     "trace": "show what a model computes at every point: statistics, tensors, differences from another run",
     "bisect": "name the first stage where the GPU departs from the reference, and the likely cause",
+    "qa": "run the gates that a model must pass before it is used, and report each",
     "plan": "show the GPU memory that training a model takes, and whether it fits",
     "contracts": "validate, list, show and falsify what each part promises, and say what is proven",
     "cache": "list, explain, verify, fill or empty the cache of compiled kernels",
