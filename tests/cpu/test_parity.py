@@ -156,6 +156,8 @@ def test_near_ties_and_what_is_none():
     assert "token 0 the likeliest" in judged([10.1, 10.0, 9.9, -10.0], expected).why
     assert judged([0.0, 9.9, 10.0, -10.0], expected, tight).verdict == "near tie"
     assert "KL" in judged([0.0, 10.0, 9.9, -10.0], expected, Limit(1, -1, 1)).why
+    lost = dataclasses.replace(near.measured, relative_l2=np.nan)
+    assert judge(Prompt("p", [4]), "prompt", 0, lost, tight).verdict == "fail"
     assert "relative L2" in judged([0.0, 10.1, 9.9, -10.0], expected, Limit(1e-3, 1, 1)).why
 
 
@@ -189,6 +191,9 @@ def test_two_files_are_compared_field_by_field_and_bit_by_bit():
                                                                 ("rms_norm_eps", True)]
     with pytest.raises(GateError, match="rms_norm_eps: expected 1e-06, found 2e-06"):
         eps.require()
+    barely = dataclasses.replace(source.config, rms_norm_eps=1.000001e-6)  # which no score shows
+    same = against_model(source, source_of(barely, {n: source.read(n) for n in source.shapes}), Exact, prompts)
+    assert same.verdict == "fail" and not same.failed
     with pytest.raises(ConfigError, match="hidden_size 96 and 128"):
         against_model(source, sound("llama"), Exact, prompts)
 
