@@ -21,8 +21,8 @@ THREADS = 8
 # float32: 24 layers of Qwen2-0.5B's shape end 1.6e-6 from float64, and five models of transformers within 2e-5 at every
 # position; each further layer adds its roundings. In nats: half the square of the largest error of a score.
 FP32_ERROR, FP32_KL, FP32_LAYERS = 2e-5, 1e-6, 24
-# Where rounding is measured with the reference itself: another bf16 computation's was at most 2.5 times as much at one of
-# 17,280 positions of 54 models, and 1.1 times over all positions of one (docs/parity.md). KL goes with the square.
+# Where rounding is measured with the reference itself: another bf16 computation's was at most 2.5 times as much at one
+# of 17,280 positions of 54 models, and 1.1 times over all of a model's (docs/parity.md). KL goes with the square.
 AT_ONE_POSITION, OVER_ALL = 4.0, 2.0
 SCALE_SHARE = 0.1  # of the error over all positions: roundings that do not cancel (measured: 0.03)
 Place = tuple[int, int]  # number of the prompt, position in it
