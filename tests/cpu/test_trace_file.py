@@ -108,7 +108,8 @@ def altered(trace, folder, arrays=lambda a: a, values=lambda v: v, key=KEY):
     (lambda a: a | {"extra": a["logits"]}, "'extra'.*only the points"),
     (lambda a: a | {"logits": a["logits"][:, :-1]}, r"'logits'.*F32 \[1, 7, 97\]"),
     (lambda a: a | {"logits": a["logits"].reshape(7, 97)}, r"'logits'.*found F32 \[7, 97\]"),
-    (lambda a: a | {"logits": a["logits"].astype(np.float16)}, "'logits'.*found F16")])
+    (lambda a: a | {"logits": a["logits"].astype(np.float16)}, "'logits'.*found F16")],
+    ids=["renamed", "missing", "extra", "short", "flat", "half"])
 def test_tensors_that_are_not_the_traces_are_refused(trace, tmp_path, arrays, says):
     with pytest.raises(FormatError, match=says):
         open_trace(altered(trace, tmp_path / "t", arrays))
@@ -160,12 +161,14 @@ def scaled(name, by):
     (scaled("model.layers.1.mlp.up_proj.weight", 1.001), "L01.ffn_up"),
     (scaled("model.norm.weight", 1.001), "final_norm")])
 def test_the_first_point_beyond_is_named(trace, change, first):
-    points = diff(traced(change=change), trace)
+    bad = traced(change=change)
+    points = diff(bad, trace)
+    assert all((p.std, p.other_std) == (bad.statistics[p.name].std, trace.statistics[p.name].std) for p in points)
     with pytest.raises(GateError, match=rf"TRACE-DIFF {first}: ") as caught:
         judge(points)
     assert caught.value.exit_code == 5 and all(p.within for p in points[:[p.name for p in points].index(first)])
     assert len([p for p in points if not p.within]) < len(points)
-    judge(diff(traced(change=change), trace, tolerance=1.0) if first != "L01.v_bias" else diff(trace, trace))
+    judge(diff(bad, trace, tolerance=1.0) if first != "L01.v_bias" else diff(trace, trace))
 
 
 def test_the_other_is_the_truth(trace):
