@@ -57,6 +57,8 @@ def files(tmp_path_factory):
     write(path / "short.safetensors", ids[:5], logits)
     write(path / "floats.safetensors", ids.astype(np.float32), logits)
     write(path / "high.safetensors", ids + 400, logits)
+    write(path / "negative.safetensors", ids - ids.max() - 1, logits)
+    write(path / "long.safetensors", np.resize(ids, 300), np.resize(logits, (300, 307)))
     write(path / "nan.safetensors", ids, np.where(logits == logits.max(), np.nan, logits).astype(np.float32))
     write(path / "other.safetensors", ids, logits, more=ids)
     (path / "cut.safetensors").write_bytes(safetensors_bytes({"ids": ids})[:-1])
@@ -121,6 +123,8 @@ def test_own_prompts(files):
     ([HF / "llama", "--logits", "short.safetensors"], 4, "[5, 307]"),
     ([HF / "llama", "--logits", "floats.safetensors"], 4, "I32 or I64"),
     ([HF / "llama", "--logits", "high.safetensors"], 4, "ids in [0, 307)"),
+    ([HF / "llama", "--logits", "negative.safetensors"], 4, "ids in [0, 307)"),
+    ([HF / "llama", "--logits", "long.safetensors"], 4, "at most 256 positions"),
     ([HF / "llama", "--logits", "nan.safetensors"], 4, "finite scores"),
     ([HF / "llama", "--logits", "other.safetensors"], 4, "'ids' and 'logits'"),
     ([HF / "llama", "--logits", "cut.safetensors"], 4, "cut.safetensors"),

@@ -15,6 +15,8 @@ from parity_engines import Exact, Stale, broken, params_with, sound
 
 from apr.cli.main import main
 from apr.errors import DeviceFault, FormatError, GateError, MeasureError, UnavailableError
+from apr.formats.open_model import open_model
+from apr.infer.prompt import open_prompter
 from apr.tools.parity_models import TensorFault
 from apr.tools.parity_prompts import Prompt
 from apr.tools.parity_truth import reference_scores
@@ -148,6 +150,17 @@ def test_weights_and_numbers_that_are_odd():
         source_of(dataclasses.replace(qwen.config, rms_norm_eps=1e-5), params), None)[0]
     assert "end id 5000" in odd_metadata(dataclasses.replace(qwen, hf_config={"eos_token_id": [3, 5000]}), None)[0]
     assert "rms_norm_eps 0.01 outside" in odd_metadata(changed(rms_norm_eps=1e-2), None)[0]
+
+
+def test_a_tokenizer_that_does_not_fit():
+    with open_model(HF / "qwen2") as source:
+        prompter = open_prompter(source)
+        assert odd_metadata(source, prompter) == []
+        wide = dataclasses.replace(source.config, vocab_size=2 * prompter.tokenizer.vocab_size + 1)
+        assert odd_metadata(
+            source, dataclasses.replace(prompter, eos=frozenset())) == ["a tokenizer without an id that ends a text"]
+    params = random_params(wide, 0)
+    assert "a tokenizer of 300 ids beside a vocabulary of 601" in odd_metadata(source_of(wide, params), prompter)
 
 
 def test_what_is_not_comparable_does_not_run():
