@@ -152,6 +152,7 @@ def test_near_ties_and_what_is_none():
     near = judged([0.0, 9.9, 10.0, -10.0], expected)
     assert (near.verdict, near.measured.expected_argmax, near.measured.found_argmax) == ("near tie", 1, 2)
     assert judged([0.0, 10.0, 9.9, -10.0], expected).verdict == "pass"
+    assert judged([1.0] * 4, [1.0] * 4).verdict == "unmeasured"
     tight = Limit(0.01, 0.5, 0.5)
     assert "token 0 the likeliest" in judged([10.1, 10.0, 9.9, -10.0], expected).why
     assert judged([0.0, 9.9, 10.0, -10.0], expected, tight).verdict == "near tie"
@@ -201,7 +202,8 @@ def test_two_files_are_compared_field_by_field_and_bit_by_bit():
 def test_a_type_that_holds_the_same_numbers_is_no_difference():
     a = np.array([1.5, -2, 0], np.float32)
     assert tensor_fault("a", a, a.astype(np.float16)) is None
-    assert tensor_fault("a", a, np.array([1.5, -2, -0.0], np.float32)).index == 2
+    signed = tensor_fault("a", a, np.array([1.5, -2, -0.0], np.float32))
+    assert signed is not None and signed.index == 2
     fault = tensor_fault("a", a, np.array([1.5, -2.5, 1], np.float16))
     assert (fault.index, fault.count, fault.elements, fault.expected, fault.found) == (1, 2, 3, -2, -2.5)
     assert len(dict(weight_faults(sound("llama"), sound("llama")))) == len(sound("llama").shapes)
