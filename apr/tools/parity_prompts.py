@@ -14,7 +14,7 @@ from apr.errors import ConfigError, MeasureError
 from apr.infer.prompt import Prompter
 
 TOKENS = 200  # of all prompts together, unless --tokens says otherwise
-MAX_TOKENS = 4096  # a vocabulary's scores of each are kept several times
+MAX_TOKENS = 2048  # several float32 copies of a vocabulary each: 1.2 GB a copy at 152k ids
 SPECIALS = 6
 # Ids of each prompt at TOKENS in all. Tiles of attention are 64 long: `long` has one that is full and one that is not.
 LENGTHS = {"long": 81, "repeated": 24, "random": 17, "edges": 6, "special": SPECIALS, "single": 1}
