@@ -110,7 +110,7 @@ def test_own_prompts(files):
 
 
 @pytest.mark.parametrize(("arguments", "code", "says"), [
-    ([HF / "qwen2"], 12, "a GPU to hold against the reference"),
+    pytest.param([HF / "qwen2"], 12, "a GPU to hold against the reference", id="no GPU"),
     ([HF / "qwen2", "--device", "cpu"], 12, "a GPU to hold against the reference"),
     ([HF / "qwen2", "--device", "cuda"], 9, "GATE-GPUTRAIN-002"),
     ([HF / "qwen2", "--against", HF / "qwen2", "--device", "cuda"], 9, "GATE-GPUTRAIN-002"),
@@ -125,7 +125,7 @@ def test_own_prompts(files):
     ([HF / "llama", "--logits", "high.safetensors"], 4, "ids in [0, 307)"),
     ([HF / "llama", "--logits", "negative.safetensors"], 4, "ids in [0, 307)"),
     ([HF / "llama", "--logits", "long.safetensors"], 4, "at most 256 positions"),
-    ([HF / "llama", "--logits", "nan.safetensors"], 4, "finite scores"),
+    pytest.param([HF / "llama", "--logits", "nan.safetensors"], 4, "finite scores", id="NaN"),
     ([HF / "llama", "--logits", "other.safetensors"], 4, "'ids' and 'logits'"),
     ([HF / "llama", "--logits", "cut.safetensors"], 4, "cut.safetensors"),
     ([HF / "llama", "--logits", "same.apr"], 4, "same.apr"),
