@@ -24,6 +24,9 @@ class Array:
         self.flags = SimpleNamespace(c_contiguous=contiguous)
         self.data = SimpleNamespace(ptr=pointer)
 
+    def __str__(self) -> str:
+        return f"array of {self.dtype}" + ("" if self.flags.c_contiguous else ", strided")
+
 
 @pytest.fixture
 def launched(monkeypatch):

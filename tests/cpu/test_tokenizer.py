@@ -158,7 +158,7 @@ def without(tokenizer: Tokenizer, token: str) -> bytes:
     return json.dumps(values).encode()
 
 
-@pytest.mark.parametrize("byte", [BYTES[0][0], BYTES[0][77], BYTES[0][255]])
+@pytest.mark.parametrize("byte", [sorted(BYTES[0])[i] for i in (0, 77, 255)])
 def test_a_vocabulary_without_a_byte_is_refused(trained, byte):
     with pytest.raises(FormatError, match="a token for each of the 256 bytes, found none for 1 of them"):
         Tokenizer.from_json(without(trained, byte), "x")
