@@ -21,7 +21,7 @@ demo: setup      ## train a small model on the standard library's source, about 
 	$(BIN)/apr pretrain --demo --run-dir runs/demo
 
 test: setup      ## everything that needs no GPU
-	$(BIN)/python -m pytest -q tests/cpu tests/faults
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile tests/cpu tests/faults
 
 test-gpu: setup  ## the tests of the GPU, on a machine that has one
 	$(BIN)/python -m pytest -q tests/gpu --require-gpu --receipt docs/evidence/gpu-tests.json

@@ -41,8 +41,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=18"],
     "plot": ["matplotlib>=3.9"],
     "tensorboard": ["tensorboardX>=2.6"],
-    "test": ["pytest>=8.3", "hypothesis>=6.100", "pyarrow>=18", "huggingface-hub>=0.34", "ruff>=0.11", "mypy>=1.14",
-             "types-PyYAML>=6", "setuptools>=77", "wheel>=0.45"],
+    "test": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "pyarrow>=18", "huggingface-hub>=0.34",
+             "ruff>=0.11", "mypy>=1.14", "types-PyYAML>=6", "setuptools>=77", "wheel>=0.45"],
 }
 
 setup(
