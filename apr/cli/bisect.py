@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
             if bisection.findings:
                 first = bisection.findings[0]
                 raise GateError(f"{first.phase} {first.stage} ({precision})",
-                                f"the GPU within {first.limit:g} of the reference",
+                                f"the GPU within {first.limit:g} of the reference" if first.limit else
+                                "exactly what the file and the reference have",
                                 f"relative L2 {first.relative_l2:.3g}: {first.cause.text}",
                                 f"see contracts/{first.contract}.yaml")
     return 0
