@@ -112,8 +112,13 @@ class Batch:
 
 def to_host(dev: Device, array: Any) -> np.ndarray:
     """A device array as float32 on the host."""
+    return stored(dev, array).astype(np.float32, copy=False)
+
+
+def stored(dev: Device, array: Any) -> np.ndarray:
+    """A device array on the host as it is: float32, or bfloat16 bit for bit."""
     host = dev.download(array)
-    return host.view(BY_NAME["BF16"].numpy).astype(np.float32) if host.dtype == np.uint16 else host
+    return host.view(BY_NAME["BF16"].numpy) if host.dtype == np.uint16 else host
 
 
 def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:

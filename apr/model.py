@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from apr.arena import Arena
-from apr.block import Batch, LayerViews, block_backward, block_forward, layer_views, to_host
+from apr.block import Batch, LayerViews, block_backward, block_forward, layer_views, stored, to_host
 from apr.config import TransformerConfig
 from apr.device import Device
-from apr.dtypes import BY_NAME
 from apr.gemm import Gemm
 from apr.kernel import floatx
 from apr.ops.cross_entropy import cross_entropy_forward, cross_entropy_forward_backward, cross_entropy_sum
@@ -44,8 +43,7 @@ class Model:
 
     def stored(self, spec: ParamSpec) -> np.ndarray:
         """A parameter as the kernels read it, copied to the host: float32, or bfloat16 bit for bit."""
-        host = self.dev.download(self.arena.part("params", self.layout.offset(spec.name), spec.shape))
-        return host.view(BY_NAME["BF16"].numpy) if host.dtype == np.uint16 else host
+        return stored(self.dev, self.arena.part("params", self.layout.offset(spec.name), spec.shape))
 
     def batch(self, B: int, T: int, tap: Tap | None = None, slot: int | None = None) -> Batch:
         """What the passes over B sequences of T tokens work with; `ids`, `targets` … hold the batch.

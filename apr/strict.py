@@ -1,10 +1,11 @@
-"""Strict readers of JSON and YAML: the only two in the project.
+"""Strict readers of JSON and YAML, the only two in the project; and what is written as JSON made fit for them.
 
 JSON: UTF-8; size, depth and number of values bounded; no duplicate key (Python keeps the last silently), no NaN or
 Infinity, no lone surrogate. YAML: `1e-4` is a number (PyYAML says string), `no` is a string (PyYAML says False);
 duplicate keys, aliases and tags are refused, as is what JSON cannot say. Both raise FormatError with the file's name.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -164,3 +165,14 @@ def parse_yaml(data: bytes, where: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """parse_yaml of a file."""
     return parse_yaml(read_bytes(path, MAX_YAML_BYTES), str(path))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can say it: records as dictionaries, tuples as lists, null for a number that is not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

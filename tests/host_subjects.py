@@ -10,7 +10,7 @@ from apr.reference.adamw import adamw_update
 from apr.reference.cross_entropy import cross_entropy_forward_backward
 from apr.reference.global_norm import clip_factor, global_norm
 from apr.taps import tap_name
-from apr.tools.weights import ByteFault
+from apr.tools.weights import tensor_fault
 
 
 class Host:
@@ -29,8 +29,7 @@ class Host:
     def byte_faults(self, source):
         """As weights.byte_faults."""
         for name, array in self.params.items():
-            bad = np.flatnonzero((array != source.read(name)).reshape(-1))
-            yield name, ByteFault(name, int(bad[0]), bad.size, 0.0, 0.0) if bad.size else None
+            yield name, tensor_fault(name, np.array(source.read(name), np.float32), array)
 
 
 class HostEngine(Host):
@@ -62,16 +61,16 @@ class HostTrainer(Host):
     def __init__(self, source, upload=lambda name, array: array):
         super().__init__(source, upload)
         self.config = TransformerTrainConfig(max_grad_norm=0.1, weight_decay=0.1)
-        self.m, self.v, self.grads = ({n: np.zeros_like(a) for n, a in self.params.items()} for _ in range(3))
+        self.m, self.v, self.gradient = ({n: np.zeros_like(a) for n, a in self.params.items()} for _ in range(3))
         self.cross_entropy, self.adamw, self.step = cross_entropy_forward_backward, adamw_update, 0
 
     def gradients(self, batch, dloss, tap):
         """See bisect.Training."""
-        self.grads = {n: np.zeros_like(a) for n, a in self.params.items()}
+        self.gradient = {n: np.zeros_like(a) for n, a in self.params.items()}
         saved = {}
         logits = reference.model_forward(self.params, self.model, batch.inputs, saved, tap)
         losses = self.cross_entropy(logits.reshape(-1, self.model.V), batch.targets.reshape(-1), dloss)
-        reference.model_backward(self.params, self.grads, self.model, logits, saved, tap)
+        reference.model_backward(self.params, self.gradient, self.model, logits, saved, tap)
         return losses
 
     def evaluate(self, batch):
@@ -87,15 +86,19 @@ class HostTrainer(Host):
     def state(self):
         """See bisect.Training."""
         return {key: {n: a.copy() for n, a in arrays.items()} for key, arrays in
-                (("master", self.params), ("m", self.m), ("v", self.v), ("grads", self.grads))}
+                (("master", self.params), ("m", self.m), ("v", self.v))}
+
+    def grads(self):
+        """See bisect.Training."""
+        return {n: a.copy() for n, a in self.gradient.items()}
 
     def update(self, batch, lr):
         """See bisect.Training."""
         self.gradients(batch, 1.0 / batch.num_tokens, None)
         self.step += 1
-        norm, c = global_norm(np.concatenate([g.reshape(-1) for g in self.grads.values()])), self.config
+        norm, c = global_norm(np.concatenate([g.reshape(-1) for g in self.gradient.values()])), self.config
         for spec in layout(self.model).specs:
-            flat = (a[spec.name].reshape(-1) for a in (self.params, self.m, self.v, self.grads))
+            flat = (a[spec.name].reshape(-1) for a in (self.params, self.m, self.v, self.gradient))
             self.adamw(*flat, lr=lr, beta1=c.beta1, beta2=c.beta2, eps=c.adam_eps, step=self.step,
                        grad_scale=clip_factor(norm, c.max_grad_norm), weight_decay=c.weight_decay * spec.decay)
         return norm, self.step

@@ -19,10 +19,11 @@ from apr.infer.cpu_engine import CpuEngine, load_params
 from apr.infer.cuda_engine import BATCHES, CudaEngine
 from apr.infer.engine import Engine
 from apr.infer.prompt import Prompter, open_prompter
+from apr.strict import plain
 from apr.tools.device import Choice, choose_device
 from apr.tools.parity import Report, against_model, against_reference, against_scores
 from apr.tools.parity_judge import Position
-from apr.tools.parity_models import check_shapes, uploaded
+from apr.tools.parity_models import check_shapes
 from apr.tools.parity_prompts import TOKENS, Prompt, built_in, check_tokens, given
 from apr.tools.parity_truth import read_logits
 from apr.tools.weights import byte_faults
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             prompts = _prompts(args, source)
             engine = _engine(args, choice, source, prompts)
             assert isinstance(engine, CudaEngine)
-            report = against_reference(engine, source, prompts, uploaded(byte_faults(engine.net, source), source))
+            report = against_reference(engine, source, prompts, byte_faults(engine.net, source))
     (_print_json if args.json else _print_table)(report)
     report.require()
     return 0
@@ -100,7 +101,7 @@ def _prompts(args: argparse.Namespace, source: ModelSource) -> list[Prompt]:
 
 def prompter_of(source: ModelSource) -> Prompter | None:
     """The model's tokenizer and what belongs to it; None, which is said, for a model without one."""
-    if source.assets.keys() & {"tokenizer.json", "vocab.json"}:
+    if source.has_tokenizer:
         return open_prompter(source)
     _say("the model has no tokenizer: the prompts are token ids, without texts")
     return None
@@ -117,17 +118,6 @@ def _engine(args: argparse.Namespace, choice: Choice, source: ModelSource, promp
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def plain(value: Any) -> Any:
-    """What JSON can say of a value: numbers that are not finite are null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def position_line(p: Position) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from apr.cli.parity import plain, prompter_of
+from apr.cli.parity import prompter_of
 from apr.config import require
 from apr.device import Device
 from apr.errors import ConfigError, UnavailableError, did_you_mean, one_line
@@ -16,12 +16,13 @@ from apr.formats.source import ModelSource
 from apr.infer.cpu_engine import CpuEngine, load_params
 from apr.infer.cuda_engine import CudaEngine
 from apr.infer.engine import Engine
+from apr.strict import plain
 from apr.tools.device import Choice, choose_device
-from apr.tools.parity_models import TensorFault, check_shapes, uploaded
+from apr.tools.parity_models import check_shapes
 from apr.tools.parity_truth import read_logits
 from apr.tools.qa import NOT_APPLICABLE, THRESHOLDS, QaReport, previous_throughput, run_gates
 from apr.tools.qa_gates import CONTEXT, NAMES, Gates, Subject
-from apr.tools.weights import byte_faults
+from apr.tools.weights import TensorFault, byte_faults
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
         def uploads(engine: Engine) -> list[tuple[str, TensorFault | None]]:
             assert isinstance(engine, CudaEngine)
-            return list(uploaded(byte_faults(engine.net, source), source))
+            return list(byte_faults(engine.net, source))
 
         subject = Subject(source, prompter_of(source), choice.kind, precision, make, uploads, other, golden, previous,
                           args.assert_tps, args.assert_gpu_speedup, args.regression_threshold)

@@ -1,7 +1,6 @@
 """What `apr trace` prints: tables for people, or lines of JSON, one per point and a summary."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from apr.errors import one_line
 from apr.formats.source import ModelSource
 from apr.params import EMBED, HEAD, NORM, param_specs, parameter_count
+from apr.strict import plain
 from apr.taps import split_name
 from apr.tools.trace import Trace
 from apr.tools.trace_diff import PointDifference, other_numbers, weak_tokens
@@ -123,14 +123,7 @@ class Report:
                    shape=list(shape), meaning=stage.meaning, statistics=values)
 
     def _line(self, kind: str, **values: Any) -> None:
-        print(json.dumps({"kind": kind, **{k: _finite(v) for k, v in values.items()}}, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        print(json.dumps({"kind": kind, **plain(values)}, allow_nan=False))
 
 
 def _sizes(name: str, source: ModelSource) -> list[tuple[str, int]]:

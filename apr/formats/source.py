@@ -54,6 +54,11 @@ class ModelSource:
             self.close_files()
             raise
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer came with the model."""
+        return bool(self.assets.keys() & {"tokenizer.json", "vocab.json"})
+
     def read(self, name: str) -> np.ndarray:
         """One parameter, F32, F16 or BF16, in memory of its own.
 

@@ -12,7 +12,6 @@ The numbers are upstream's (docs/debugging.md). Inputs of a stage were outputs o
 fails first is what is wrong; `explain` then looks for the fault that would have made this very result.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,29 +23,22 @@ from apr.config import IGNORE, TransformerConfig, TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.formats.source import ModelSource
 from apr.params import ParamSpec, param_specs
+from apr.strict import plain
 from apr.taps import Recorder, Tap
 from apr.tools.causes import Cause, contract_of, explain
 from apr.tools.checks import Check, run_steps
 from apr.tools.compare import Difference, difference
 from apr.tools.dataflow import decoding_checks, exact, forward_checks
 from apr.tools.formulas import FORMULAS
+from apr.tools.gate import Limit
 from apr.tools.gradient_flow import backward_checks, loss_checks, optimizer_checks, sample
-from apr.tools.weights import ByteFault, Weights
+from apr.tools.weights import TensorFault, Weights
 
 LENGTH, STEPS, LONGER = 70, 8, 100  # tokens of the prompt, decoding steps, tokens of the sequence before it
 ROWS, TOKENS = 2, 33  # of the training batch
 UPDATES = 2  # the second starts from moments that are not zero
 UPLOAD = 1e-6  # relative L2 from which a pattern is looked for in a parameter that differs
 RATE = 0.05  # so large that the rounding of a parameter does not hide its change
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a stage may differ by from the reference on the same inputs: relative L2, and the scale of the whole."""
-
-    error: float
-    scale: float
-
 
 # Of healthy models the worst is a third of these (docs/numerics.md). Gradients of attention are differences of numbers
 # that nearly cancel, so they have limits of their own.
@@ -99,7 +91,7 @@ class Subject(Protocol):
 
     precision: str
 
-    def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
+    def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, TensorFault | None]]:
         """As weights.byte_faults."""
 
     def stored(self, spec: ParamSpec) -> np.ndarray:
@@ -136,7 +128,10 @@ class Training(Subject, Protocol):
         """Logits (B, T, V), float32."""
 
     def state(self) -> dict[str, dict[str, np.ndarray]]:
-        """master, m, v and grads, each by parameter, copies."""
+        """master, m and v, each by parameter, copies."""
+
+    def grads(self) -> dict[str, np.ndarray]:
+        """The last gradients by parameter, copies."""
 
     def update(self, batch: LMBatch, lr: float) -> tuple[float, int]:
         """One step of training: the gradient norm that it found, and the number of the update."""
@@ -182,10 +177,10 @@ class Bisection:
 
     def report(self) -> dict[str, Any]:
         """What was checked and found, for JSON; numbers that are none are null."""
-        found: dict[str, Any] = _finite({
+        found: dict[str, Any] = plain({
             "model": str(self.source.path), "precision": self.subject.precision,
             "phases": [{**asdict(p), "findings": len(p.findings)} for p in self.phases],
-            "findings": [asdict(f) for f in self.findings]})
+            "findings": self.findings})
         return found
 
     def inference(self, subject: Generating) -> None:
@@ -232,7 +227,7 @@ class Bisection:
         batch, other = self._batch(ROWS, TOKENS), self._batch(1, TOKENS - 2)
         dloss, recorder = 1.0 / batch.num_tokens, Recorder()
         losses = subject.gradients(batch, dloss, recorder)
-        grads, seen = subject.state()["grads"], recorder.arrays()
+        grads, seen = subject.grads(), recorder.arrays()
         self._run("H4D.2 forward", forward_checks(seen, self.c, self.weights, batch.inputs))
         self._run("H4D.3 loss", loss_checks(seen, losses, batch.targets, dloss))
         self._run("H4D.2 backward", backward_checks(seen, grads, self.c, self.weights, batch.inputs))
@@ -252,7 +247,7 @@ class Bisection:
         for _ in range(UPDATES):
             norm, count = subject.update(batch, RATE)
             new = subject.state()
-            yield from optimizer_checks(specs, old, new, new["grads"], norm, subject.config, count, RATE)
+            yield from optimizer_checks(specs, old, new, subject.grads(), norm, subject.config, count, RATE)
             for spec in specs if subject.precision == "bf16" else ():
                 stored = sample(subject.stored(spec))
                 yield exact(f"rounded.{spec.name}", stored.astype(np.float32), "identity",
@@ -268,13 +263,13 @@ class Bisection:
                 phase.findings.append(self._upload(phase.name, specs[name], fault))
         self._end(phase, start)
 
-    def _upload(self, phase: str, spec: ParamSpec, fault: ByteFault) -> Finding:
+    def _upload(self, phase: str, spec: ParamSpec, fault: TensorFault) -> Finding:
         """What is wrong with a parameter: which elements, and the pattern that they make if they make one."""
         got, file = self.subject.stored(spec).astype(np.float32), self.weights.read(spec.name)
         check, d = exact(f"upload.{spec.name}", got, "identity", x=file), difference(got, file)
         place = ", ".join(map(str, np.unravel_index(fault.index, spec.shape)))
-        text = (f"{fault.count} of {spec.size} elements are not the file's, the first at [{place}]: {fault.gpu:g} for "
-                f"{fault.file:g}")
+        text = (f"{fault.count} of {fault.elements} elements are not the file's, the first at [{place}]: "
+                f"{fault.found:g} for {fault.expected:g}")
         cause = explain(check, UPLOAD) or Cause("bits", "a few bits differ", None, d.relative_l2, "identity")
         return finding_of(phase, check.stage, d, 0.0, replace(cause, text=f"{cause.text}; {text}"),
                           contract_of("upload", cause.kind))
@@ -321,11 +316,3 @@ class Bisection:
         targets = ids[:, 1:].copy()
         targets[:, length // 2] = IGNORE
         return LMBatch(ids[:, :-1].copy(), targets)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], device: str = "auto", *, precision: str |
         size = min(CONTEXT, longest) if context is None else context
         require("context", size, f"from 1 to {longest}", 1 <= size <= longest, "apr.load")
         require("batch_size", batch_size, "at least 1", batch_size >= 1, "apr.load")
-        prompter = open_prompter(source) if source.assets.keys() & {"tokenizer.json", "vocab.json"} else None
+        prompter = open_prompter(source) if source.has_tokenizer else None
         engine = load_engine(source, choice, precision or choice.precision, batch_size, size, _say)
     return Model(engine, prompter, str(path))
 

@@ -28,9 +28,10 @@ from apr.tools.parity_judge import (
     judge_way,
     measure_all,
 )
-from apr.tools.parity_models import FieldFault, TensorFault, check_shapes, field_faults, weight_faults
+from apr.tools.parity_models import FieldFault, check_shapes, field_faults, weight_faults
 from apr.tools.parity_prompts import Prompt
 from apr.tools.parity_truth import reference_scores
+from apr.tools.weights import TensorFault
 
 # How many of a prompt's T tokens go through prefill; the rest follow one by one. What is judged of `continued` are the
 # positions after its prefill: those before are `prompt` again. Decoding comes first, while the cache is still empty.

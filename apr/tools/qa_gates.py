@@ -21,9 +21,9 @@ from apr.params import param_specs
 from apr.registry import inference_variants
 from apr.tools.kernel_cache import open_store, verify
 from apr.tools.parity import Report, against_model, against_reference, against_scores
-from apr.tools.parity_models import TensorFault
 from apr.tools.parity_prompts import Prompt, built_in
 from apr.tools.qa import THRESHOLDS, Finding, NotRun, system_info
+from apr.tools.weights import TensorFault
 
 NAMES = ("capability_match", "tensor_contract", "metadata_plausibility", "golden_output", "parity", "format_parity",
          "throughput", "gpu_speedup", "performance_regression", "gpu_state_isolation", "state_isolation", "ptx_parity")

@@ -9,12 +9,13 @@ from apr.config import Sampling, TransformerConfig, TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.device import Device
 from apr.formats.source import ModelSource
+from apr.infer.cpu_engine import load_params
 from apr.infer.cuda_engine import CudaEngine
 from apr.model import Model
 from apr.params import ParamSpec
 from apr.taps import Tap, tap_name
 from apr.tools.bisect import ROWS, TOKENS
-from apr.tools.weights import ByteFault, byte_faults
+from apr.tools.weights import TensorFault, byte_faults
 from apr.train.cuda_trainer import CudaTransformerTrainer
 
 
@@ -28,7 +29,7 @@ class _OnGpu:
     def _thaw(self) -> None:
         self.net.dev.cache.frozen = False
 
-    def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
+    def byte_faults(self, source: ModelSource) -> Iterator[tuple[str, TensorFault | None]]:
         """As weights.byte_faults."""
         return byte_faults(self.net, source)
 
@@ -68,8 +69,8 @@ class TrainerSubject(_OnGpu):
         self.config = TransformerTrainConfig(batch_size=ROWS, max_seq_len=min(TOKENS, c.max_position_embeddings),
                                              precision=precision, max_grad_norm=0.1, weight_decay=0.1, lr=1e-2,
                                              max_steps=10)
-        params = {name: source.read(name).astype(np.float32, copy=False) for name in source.shapes}
-        self.trainer = CudaTransformerTrainer.with_model(c, params, self.config, device, graphs=False, poison=True)
+        self.trainer = CudaTransformerTrainer.with_model(c, load_params(source), self.config, device, graphs=False,
+                                                         poison=True)
         self.net = self.trainer.net
         self._thaw()
 
@@ -90,8 +91,12 @@ class TrainerSubject(_OnGpu):
     def state(self) -> dict[str, dict[str, np.ndarray]]:
         """See bisect.Training."""
         moments = self.trainer.optimizer_state()
-        return {"master": self.trainer.params, "grads": self.trainer.grads,
+        return {"master": self.trainer.params,
                 **{kind: {name[2:]: a for name, a in moments.items() if name.startswith(f"{kind}.")} for kind in "mv"}}
+
+    def grads(self) -> dict[str, np.ndarray]:
+        """See bisect.Training."""
+        return self.trainer.grads
 
     def update(self, batch: LMBatch, lr: float) -> tuple[float, int]:
         """See bisect.Training."""

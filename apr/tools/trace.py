@@ -89,7 +89,7 @@ def prompt_tokens(source: ModelSource, text: str | None) -> tuple[list[int], str
 
     Raises FormatError for a prompt without a tokenizer, ConfigError for one of no tokens.
     """
-    if text is None and not source.assets.keys() & {"tokenizer.json", "vocab.json"}:
+    if text is None and not source.has_tokenizer:
         count = min(RANDOM_TOKENS, source.config.max_position_embeddings)
         ids = generator(0, "trace", "tokens").integers(0, source.config.V, count).tolist()
         return ids, "random ids, the same in every run: the model has no tokenizer"

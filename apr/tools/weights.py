@@ -52,30 +52,36 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class ByteFault:
-    """A parameter whose bytes on the GPU are not the file's, rounded: where the first is, and how many."""
+class TensorFault:
+    """A parameter that differs: the first element that does (in the flattened array), how many of `elements` do."""
 
     name: str
-    index: int  # the first element that differs, in the flattened array
+    index: int
     count: int
-    gpu: float
-    file: float
+    elements: int
+    expected: float
+    found: float
 
 
-def byte_faults(net: Model, source: ModelSource) -> Iterator[tuple[str, ByteFault | None]]:
+def tensor_fault(name: str, expected: np.ndarray, found: np.ndarray) -> TensorFault | None:
+    """How two arrays of one shape differ: in their bits if they have one dtype, else as float32 numbers."""
+    a, b = (np.ascontiguousarray(x).reshape(-1) for x in (expected, found))
+    if a.dtype == b.dtype:
+        kind = np.dtype(f"u{a.dtype.itemsize}")
+        bad = np.flatnonzero(a.view(kind) != b.view(kind))
+    else:
+        bad = np.flatnonzero(a.astype(np.float32) != b.astype(np.float32))
+    if not bad.size:
+        return None
+    first = int(bad[0])
+    return TensorFault(name, first, int(bad.size), a.size, float(a[first]), float(b[first]))
+
+
+def byte_faults(net: Model, source: ModelSource) -> Iterator[tuple[str, TensorFault | None]]:
     """(parameter, its fault or None) for every parameter: the GPU's bytes against the file's (H4D.1 in upstream)."""
-    kind = np.uint16 if net.storage == "bf16" else np.uint32
     wanted = BF16 if net.storage == "bf16" else np.dtype(np.float32)
     for spec in net.layout.specs:
-        gpu = np.ascontiguousarray(net.stored(spec))
-        file = np.ascontiguousarray(source.read(spec.name).astype(wanted, copy=False))
-        bad = np.flatnonzero(gpu.view(kind).reshape(-1) != file.view(kind).reshape(-1))
-        fault = None
-        if bad.size:
-            first = int(bad[0])
-            fault = ByteFault(spec.name, first, int(bad.size), float(gpu.reshape(-1)[first]),
-                              float(file.reshape(-1)[first]))
-        yield spec.name, fault
+        yield spec.name, tensor_fault(spec.name, source.read(spec.name).astype(wanted, copy=False), net.stored(spec))
 
 
 def _float32(array: np.ndarray, precision: str) -> np.ndarray:

@@ -1,14 +1,13 @@
 """What a step leaves on a GPU: StepView over the arena, without a kernel and without an allocation there."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from apr.arena import Arena
+from apr.block import stored
 from apr.data.batch import LMBatch
 from apr.device import Device
-from apr.dtypes import BY_NAME
 from apr.model import Model
 from apr.params import ParamSpec
 
@@ -30,12 +29,9 @@ class CudaStepView:
 
     def rows(self, name: str, layer: int | None, start: int, stop: int) -> np.ndarray:
         """A batch smaller than planned lies at the beginning. Raises DeviceFault."""
-        return self._host(self.arena[name] if layer is None else self.arena[name][layer], start, stop)
+        array = self.arena[name] if layer is None else self.arena[name][layer]
+        return stored(self.dev, array[start:stop])
 
     def flat(self, name: str, start: int, stop: int) -> np.ndarray:
         """Raises DeviceFault."""
-        return self._host(self.arena[name], start, stop)
-
-    def _host(self, array: Any, start: int, stop: int) -> np.ndarray:
-        host = self.dev.download(array[start:stop])
-        return host.view(BY_NAME["BF16"].numpy) if host.dtype == np.uint16 else host
+        return stored(self.dev, self.arena[name][start:stop])

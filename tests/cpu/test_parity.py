@@ -14,10 +14,10 @@ from apr.params import EMBED
 from apr.reference.model import model_forward
 from apr.tools.parity import WAYS, against_model, against_reference, against_scores
 from apr.tools.parity_judge import Limit, Measured, fixed_limit, judge, measure
-from apr.tools.parity_models import tensor_fault, uploaded, weight_faults
+from apr.tools.parity_models import weight_faults
 from apr.tools.parity_prompts import MAX_TOKENS, Prompt, built_in
 from apr.tools.parity_truth import reference_scores
-from apr.tools.weights import ByteFault
+from apr.tools.weights import TensorFault, tensor_fault
 
 ENGINES = {"fp32": Exact, "bf16": Rounded}
 SAME = ()  # of the weights nothing was compared
@@ -97,8 +97,8 @@ def test_old_keys_in_the_cache_are_seen_where_a_prompt_follows_a_longer_one():
 
 def test_a_wrong_upload_is_a_failure_that_names_the_tensor_and_scores_are_still_compared():
     source = sound("llama")
-    fault = ByteFault("lm_head.weight", 7, 1, 2.0, 1.0)
-    weights = uploaded([("model.norm.weight", None), ("lm_head.weight", fault)], source)
+    fault = TensorFault("lm_head.weight", 7, 1, 39296, 1.0, 2.0)
+    weights = [("model.norm.weight", None), ("lm_head.weight", fault)]
     report = against_reference(Exact(source), source, built_in(source.config, None, 20), weights)
     assert report.weights_compared == 2 and not report.failed and len(report.positions) > 20
     with pytest.raises(GateError, match=r"weight 'lm_head.weight' element 7: expected 1, .*found 2 \(1 of 39296"):

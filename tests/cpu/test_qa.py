@@ -17,11 +17,11 @@ from apr.cli.main import main
 from apr.errors import DeviceFault, FormatError, GateError, MeasureError, UnavailableError
 from apr.formats.open_model import open_model
 from apr.infer.prompt import open_prompter
-from apr.tools.parity_models import TensorFault
 from apr.tools.parity_prompts import Prompt
 from apr.tools.parity_truth import reference_scores
 from apr.tools.qa import NOT_APPLICABLE, NOT_RUN, Finding, previous_throughput, run_gates, system_info
 from apr.tools.qa_gates import NAMES, Gates, Subject, anomalies, odd_metadata
+from apr.tools.weights import TensorFault
 
 HF = Path(__file__).parents[1] / "golden" / "hf"
 SOURCE = sound("llama")

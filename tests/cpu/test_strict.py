@@ -1,12 +1,13 @@
 """The strict readers of JSON and YAML: what they take, what they refuse, and that the refusal is one line."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from apr.errors import FormatError
-from apr.strict import MAX_DEPTH, MAX_YAML_BYTES, parse_json, parse_yaml, read_json, read_yaml
+from apr.strict import MAX_DEPTH, MAX_YAML_BYTES, parse_json, parse_yaml, plain, read_json, read_yaml
 
 
 def refused(parse, data: bytes, *parts: str) -> None:
@@ -110,3 +111,14 @@ def test_reading_a_file_names_it_in_one_line(tmp_path, read, good, bad):
     with pytest.raises(FormatError) as caught:
         read(path)
     assert str(caught.value).isprintable() and "a\\x0a\\x1b[31mb.txt" in str(caught.value)
+
+
+def test_plain_is_what_json_can_say():
+    @dataclasses.dataclass
+    class Row:
+        value: float
+        items: tuple
+
+    found = plain({1: Row(math.nan, (1, -math.inf)), "text": "x", "none": None})
+    assert found == {"1": {"value": None, "items": [1, None]}, "text": "x", "none": None}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -16,7 +16,6 @@ from apr.formats.model_file import write_apr_model
 from apr.infer.cuda_engine import CudaEngine
 from apr.presets import qwen2_0_5b
 from apr.tools.parity import against_model, against_reference, against_scores
-from apr.tools.parity_models import uploaded
 from apr.tools.parity_prompts import built_in
 from apr.tools.parity_truth import reference_scores
 from apr.tools.weights import byte_faults
@@ -34,7 +33,7 @@ def engine_of(dev, source, precision, b=1):
 
 def compare(engine, source, bytes_too=False):
     """The report; of the weights' bytes nothing, unless they are asked for, so that the scores have to show a fault."""
-    weights = uploaded(byte_faults(engine.net, source), source) if bytes_too else ()
+    weights = byte_faults(engine.net, source) if bytes_too else ()
     return against_reference(engine, source, built_in(source.config, None), weights)
 
 
