@@ -2,8 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-# With either, pytest prints whole diffs; of 51 kB that differ everywhere that takes minutes, and a mutant's red test times out.
-unexport CI BUILD_NUMBER
 .PHONY: help setup demo test test-gpu check bench golden clean
 
 help:            ## list the targets

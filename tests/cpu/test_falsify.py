@@ -148,6 +148,21 @@ def test_a_mutant_that_hangs_is_ended_and_counts_as_a_fault(tmp_path):
     assert outcome.outcome == "not by assertion" and "no end in 2 s" in outcome.detail
 
 
+@pytest.mark.parametrize("variable", ["CI", "BUILD_NUMBER"])
+def test_a_mutant_of_large_arrays_is_killed_in_ci_too(tmp_path, monkeypatch, variable):
+    """There pytest would print the whole diff of what is unequal: minutes."""
+    monkeypatch.setenv(variable, "1")
+    plant(tmp_path)
+    edit(tmp_path, "tests/cpu/test_scale.py", lambda text: text + """
+def test_large():
+    assert bytes(scale(i) % 251 for i in range(50000)) == bytes(2 * i % 251 for i in range(50000))
+""")
+    shifted = Falsifier(id="SCALE-009", claim="every byte", test="tests/cpu/test_scale.py::test_large",
+                        mutant=Mutant("apr/scale.py", "inp * factor", "inp * 97 + 31"))
+    with Copies(tmp_path, Suite(1, SUITE.options, seconds=10.0)) as copies:
+        assert copies.start(shifted).result().outcome == "killed"
+
+
 @pytest.mark.parametrize(("code", "output", "equivalent", "word"), [
     (0, "", None, "survived"), (0, "", "so", "equivalent"), (1, RED, None, "killed"), (1, RED, "so", "not equivalent"),
     (1, "E   assert 1 == 2\n", None, "killed"), (1, "E   Failed: DID NOT RAISE ValueError\n", None, "killed"),

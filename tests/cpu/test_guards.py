@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from examples import EXAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def test_step_trips(change, gate):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @given(field=st.sampled_from(sorted(GOOD)), history=st.lists(st.floats(0.1, 20), max_size=40),
        others=st.floats(0.01, 10))
+@EXAMPLES
 def test_no_non_finite_number_yields_permission(value, field, history, others):
     assert judge_step(**{**dict.fromkeys(GOOD, others), field: value}, history=history).tripped
     assert judge_val(value, others, 1000, others).tripped and judge_initial(value, 1000, True).tripped

@@ -9,10 +9,11 @@ import hostile_folders as folders
 import numpy as np
 import pytest
 import safetensors
+from examples import EXAMPLES
 from hostile import READ, good, run_config
 from hostile_data import IDS
 from hostile_tokenizers import V
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from apr.config import decode, encode
@@ -24,8 +25,6 @@ from apr.formats.safetensors import write_safetensors
 from apr.hf_config import to_hf
 from apr.train.run_config import RunConfig
 
-EXAMPLES = settings(derandomize=True, max_examples=150, deadline=None, database=None,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])
 TOKENS = [b"null", b"true", b"-1", b"0", b"1e999", b"9" * 25, b"[", b"]", b"{}", b'"', b'\\"', b",", b":", b"\n",
           b"\\ud800", b"\xff", b"\0",
           b"NaN", b'"a"', b"[[[", b"- ", b"? ", b"!!int ", b"&a ", b"*a"]
