@@ -23,9 +23,9 @@ from apr.strict import plain
 from apr.tools.device import Choice, choose_device
 from apr.tools.parity import Report, against_model, against_reference, against_scores
 from apr.tools.parity_judge import Position
-from apr.tools.parity_models import check_shapes
 from apr.tools.parity_prompts import TOKENS, Prompt, built_in, check_tokens, given
 from apr.tools.parity_truth import read_logits
+from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import byte_faults
 
 SHOWN = 10  # failing positions and differing tensors in the table for people; --json has them all
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     with open_model(args.model) as source:
         if args.against is not None:
             with open_model(args.against) as other:
-                check_shapes(source, other)
+                check_shapes(source.config, other.config, f"{args.model} and {args.against}", PARAMS)
                 prompts = _prompts(args, source)
                 report = against_model(source, other, lambda s: _engine(args, choice, s, prompts), prompts)
         elif args.logits is not None:

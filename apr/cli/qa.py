@@ -18,10 +18,10 @@ from apr.infer.cuda_engine import CudaEngine
 from apr.infer.engine import Engine
 from apr.strict import plain
 from apr.tools.device import Choice, choose_device
-from apr.tools.parity_models import check_shapes
 from apr.tools.parity_truth import read_logits
 from apr.tools.qa import NOT_APPLICABLE, THRESHOLDS, QaReport, previous_throughput, run_gates
 from apr.tools.qa_gates import CONTEXT, NAMES, Gates, Subject
+from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import TensorFault, byte_faults
 
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         source = files.enter_context(open_model(args.model))
         other = None if args.against is None else files.enter_context(open_model(args.against))
         if other is not None:
-            check_shapes(source, other)
+            check_shapes(source.config, other.config, f"{args.model} and {args.against}", PARAMS)
         golden = None if args.golden is None else read_logits(args.golden, source.config)
 
         def make(of: ModelSource, kind: str) -> Engine:

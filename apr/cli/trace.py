@@ -15,8 +15,9 @@ from apr.formats.open_model import open_model
 from apr.formats.source import ModelSource
 from apr.taps import split_name
 from apr.tools.device import Choice, choose_device
+from apr.tools.shapes import POINTS, check_shapes
 from apr.tools.trace import Trace, capture, check_precision, prompt_tokens
-from apr.tools.trace_diff import check_shapes, diff, judge
+from apr.tools.trace_diff import diff, judge
 from apr.tools.trace_file import check_free, is_trace, open_trace, save_trace, trace_path
 from apr.tools.trace_points import parse_layers, parse_stages, select
 
@@ -156,7 +157,7 @@ def _other(args: argparse.Namespace, source: ModelSource, mine: Choice, files: E
 
     Raises ConfigError for what is the model's own run, which would agree with itself.
     """
-    path = Path(args.diff)
+    path, names = Path(args.diff), f"{args.model} and {args.diff}"
     if match := WORD.fullmatch(args.diff):
         choice = choose_device(match[1])
         choice = replace(choice, precision=match[2] or choice.precision)
@@ -166,12 +167,12 @@ def _other(args: argparse.Namespace, source: ModelSource, mine: Choice, files: E
         return Other(None, source, choice)
     if is_trace(path):
         saved = open_trace(path)
-        check_shapes(source.config, saved.config, args.diff)
+        check_shapes(source.config, saved.config, names, POINTS)
         return Other(saved, None, mine)
     second = files.enter_context(open_model(path))
     if path.samefile(args.model):
         raise _same(args)
-    check_shapes(source.config, second.config, args.diff)
+    check_shapes(source.config, second.config, names, POINTS)
     return Other(None, second, mine)
 
 

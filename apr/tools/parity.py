@@ -28,9 +28,10 @@ from apr.tools.parity_judge import (
     judge_way,
     measure_all,
 )
-from apr.tools.parity_models import FieldFault, check_shapes, field_faults, weight_faults
+from apr.tools.parity_models import FieldFault, field_faults, weight_faults
 from apr.tools.parity_prompts import Prompt
 from apr.tools.parity_truth import reference_scores
+from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import TensorFault
 
 # How many of a prompt's T tokens go through prefill; the rest follow one by one. What is judged of `continued` are the
@@ -138,7 +139,7 @@ def against_model(source: ModelSource, other: ModelSource, make: Callable[[Model
 
     Raises ConfigError for different shapes, and what `make`, Engine.scores and reading raise.
     """
-    check_shapes(source, other)
+    check_shapes(source.config, other.config, f"{source.path} and {other.path}", PARAMS)
     report = Report(MODELS, str(other.path), str(source.path), "", 0)
     report.field_faults = field_faults(source, other)
     _look_at(report, weight_faults(source, other))

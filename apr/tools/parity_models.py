@@ -5,15 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from apr.errors import ConfigError
 from apr.formats.source import ModelSource
 from apr.params import param_specs
 from apr.strict import plain
 from apr.tools.weights import TensorFault, tensor_fault
 
-SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "use_bias", "qk_norm", "tie_word_embeddings")
-NUMBERS = ("rms_norm_eps", "rope_theta", "rope_scaling")  # with SHAPE, all that scores depend on
+NUMBERS = ("rms_norm_eps", "rope_theta", "rope_scaling")  # with those of PARAMS, all that scores depend on
 
 
 @dataclass(frozen=True)
@@ -24,16 +21,6 @@ class FieldFault:
     expected: Any
     found: Any
     computed: bool
-
-
-def check_shapes(expected: ModelSource, found: ModelSource) -> None:
-    """Raise ConfigError naming the fields in which two models cannot be compared at all."""
-    a, b = expected.config, found.config
-    differing = [f"{name} {getattr(a, name)} and {getattr(b, name)}" for name in SHAPE
-                 if getattr(a, name) != getattr(b, name)]
-    if differing:
-        raise ConfigError(f"{expected.path} and {found.path}", "two models of one shape", ", ".join(differing),
-                          "compare two files of the same model")
 
 
 def field_faults(expected: ModelSource, found: ModelSource) -> list[FieldFault]:

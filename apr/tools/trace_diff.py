@@ -12,11 +12,10 @@ from apr.config import TransformerConfig, encode
 from apr.errors import FormatError, GateError, MeasureError
 from apr.taps import split_name
 from apr.tools.compare import Difference, difference
+from apr.tools.shapes import POINTS, check_shapes
 from apr.tools.trace import Trace
 
 ID = "TRACE-DIFF"
-SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "intermediate_size", "vocab_size", "qk_norm")
 # Relative L2, forward and gradients, twice the worst that rounding alone did to the sharp models of tests/models.py
 # (docs/trace.md). fp32 hardly grows with depth; bf16 does, about as the root of the number of layers.
 FP32 = {False: 2e-5, True: 5e-5}
@@ -38,14 +37,6 @@ class PointDifference:
     strange: int
     tolerance: float
     within: bool
-
-
-def check_shapes(mine: TransformerConfig, other: TransformerConfig, where: str) -> None:
-    """Raise FormatError naming the first field in which two models differ so that no point of one fits the other."""
-    for name in SHAPE:
-        if getattr(mine, name) != getattr(other, name):
-            raise FormatError(f"{where}: {name}", f"{getattr(mine, name)}, as the model it is compared with",
-                              f"{getattr(other, name)}", "compare models of one shape")
 
 
 def other_numbers(mine: TransformerConfig, other: TransformerConfig) -> dict[str, tuple[object, object]]:
@@ -71,10 +62,10 @@ def weak_tokens(tokens: Sequence[int]) -> str | None:
 def diff(mine: Trace, other: Trace, tolerance: float | None = None) -> list[PointDifference]:
     """Every point of `mine` against that of `other`, in order of computation; both must keep their arrays.
 
-    `tolerance` None means default_tolerance. Raises FormatError for models of different shapes, different tokens, and
-    points that one of them lacks; MeasureError when there is nothing in either to compare.
+    `tolerance` None means default_tolerance. Raises ConfigError for models of different shapes, FormatError for
+    different tokens and points that one of them lacks, MeasureError when there is nothing in either to compare.
     """
-    check_shapes(mine.config, other.config, other.model)
+    check_shapes(mine.config, other.config, f"{mine.model} and {other.model}", POINTS)
     if mine.tokens != other.tokens:
         at = next((i for i, (a, b) in enumerate(zip(mine.tokens, other.tokens, strict=False)) if a != b),
                   min(len(mine.tokens), len(other.tokens)))

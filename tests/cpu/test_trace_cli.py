@@ -210,8 +210,8 @@ REFUSED = [
     (["qwen2.apr", "--save-tensor", "all"], 2, "--output"), (["qwen2.apr", "--output", "o"], 2, "--save-tensor"),
     (["qwen2.apr", "--save-tensor", "q_ropes", "--output", "o"], 2, "did you mean 'q_rope'?"),
     (["qwen2.apr", "--save-tensor", "all", "--output", "hf/config.json"], 2, "hf/config.json"),
-    (["qwen2.apr", "--tokens", "97", "--diff", "wide.apr"], 4, "hidden_size: expected 32"),  # before a look at tokens
-    (["qwen2.apr", "--diff", "qwen3.apr"], 4, "qk_norm"),
+    (["qwen2.apr", "--tokens", "97", "--diff", "wide.apr"], 2, "hidden_size 32 and"),  # before a look at tokens
+    (["qwen2.apr", "--diff", "qwen3.apr"], 2, "qk_norm"),
     (["qwen2.apr", "--diff", "cpu:bf16"], 9, "fp32 on the CPU"), (["qwen2.apr", "--diff", "cuda:99"], 2, "cuda:15"),
     (["qwen2.apr", "--diff", "none"], 3, "none"), (["qwen2.apr", "--diff", "cuda:fp8"], 3, "cuda:fp8"),
     (["qwen2.apr", "--diff", "hf/model.safetensors"], 4, "a safetensors file of something else"),
