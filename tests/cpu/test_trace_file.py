@@ -10,7 +10,7 @@ from models import FAMILIES, random_params, source_of
 
 import apr.tools.trace_file as module
 from apr.config import RopeScaling, encode
-from apr.errors import ConfigError, FormatError, GateError, MeasureError, StorageError
+from apr.errors import AprError, ConfigError, FormatError, GateError, MeasureError, StorageError
 from apr.formats.export import export_gguf
 from apr.formats.gguf_model import open_gguf_model
 from apr.formats.safetensors import write_safetensors
@@ -195,8 +195,9 @@ def test_numbers_that_are_none_are_never_within(trace):
     ({"num_key_value_heads": 4}, "num_key_value_heads"), ({"vocab_size": 98}, "vocab_size"),
     ({"head_dim": 16}, "head_dim"), ({"intermediate_size": 64}, "intermediate_size"), ({"name": "qwen3"}, "qk_norm")])
 def test_models_of_other_shapes_are_refused(trace, changes, says):
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(AprError, match=says) as caught:
         diff(traced(**changes), trace)
+    assert caught.type is ConfigError
 
 
 def test_other_tokens_and_points_without_a_partner_are_refused(trace):
