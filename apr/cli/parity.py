@@ -20,12 +20,12 @@ from apr.infer.cuda_engine import BATCHES, CudaEngine
 from apr.infer.engine import Engine
 from apr.infer.prompt import Prompter, open_prompter
 from apr.strict import plain
+from apr.tools.config_diff import PARAMS, check_shapes
 from apr.tools.device import Choice, choose_device
 from apr.tools.parity import Report, against_model, against_reference, against_scores
 from apr.tools.parity_judge import Position
 from apr.tools.parity_prompts import TOKENS, Prompt, built_in, check_tokens, given
 from apr.tools.parity_truth import read_logits
-from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import byte_faults
 
 SHOWN = 10  # failing positions and differing tensors in the table for people; --json has them all

@@ -17,11 +17,11 @@ from apr.infer.cpu_engine import CpuEngine, load_params
 from apr.infer.cuda_engine import CudaEngine
 from apr.infer.engine import Engine
 from apr.strict import plain
+from apr.tools.config_diff import PARAMS, check_shapes
 from apr.tools.device import Choice, choose_device
 from apr.tools.parity_truth import read_logits
 from apr.tools.qa import NOT_APPLICABLE, THRESHOLDS, QaReport, previous_throughput, run_gates
 from apr.tools.qa_gates import CONTEXT, NAMES, Gates, Subject
-from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import TensorFault, byte_faults
 
 

@@ -14,8 +14,8 @@ from apr.errors import ConfigError, one_line
 from apr.formats.open_model import open_model
 from apr.formats.source import ModelSource
 from apr.taps import split_name
+from apr.tools.config_diff import POINTS, check_shapes
 from apr.tools.device import Choice, choose_device
-from apr.tools.shapes import POINTS, check_shapes
 from apr.tools.trace import Trace, capture, check_precision, prompt_tokens
 from apr.tools.trace_diff import diff, judge
 from apr.tools.trace_file import check_free, is_trace, open_trace, save_trace, trace_path

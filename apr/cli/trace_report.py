@@ -11,8 +11,9 @@ from apr.formats.source import ModelSource
 from apr.params import EMBED, HEAD, NORM, param_specs, parameter_count
 from apr.strict import plain
 from apr.taps import split_name
+from apr.tools.config_diff import differing_fields
 from apr.tools.trace import Trace
-from apr.tools.trace_diff import PointDifference, other_numbers, weak_tokens
+from apr.tools.trace_diff import PointDifference, weak_tokens
 from apr.tools.trace_file import facts
 from apr.tools.trace_points import point_shape
 
@@ -89,7 +90,7 @@ class Report:
 
     def difference(self, mine: Trace, other: Trace, points: Sequence[PointDifference], origin: str) -> None:
         """Every point's difference, then what was compared; `other` is what it is relative to."""
-        others, weak = other_numbers(mine.config, other.config), weak_tokens(mine.tokens)
+        others, weak = differing_fields(mine.config, other.config), weak_tokens(mine.tokens)
         first = next((p.name for p in points if not p.within), None)
         if self.as_json:
             for p in points:

@@ -13,6 +13,7 @@ import numpy as np
 from apr.errors import GateError, MeasureError, ShapeError
 from apr.formats.source import ModelSource
 from apr.infer.engine import Engine
+from apr.tools.config_diff import PARAMS, check_shapes
 from apr.tools.parity_hints import hints, worst
 from apr.tools.parity_judge import (
     FAIL,
@@ -31,7 +32,6 @@ from apr.tools.parity_judge import (
 from apr.tools.parity_models import FieldFault, field_faults, weight_faults
 from apr.tools.parity_prompts import Prompt
 from apr.tools.parity_truth import reference_scores
-from apr.tools.shapes import PARAMS, check_shapes
 from apr.tools.weights import TensorFault
 
 # How many of a prompt's T tokens go through prefill; the rest follow one by one. What is judged of `continued` are the

@@ -1,16 +1,15 @@
 """Two files of one model before anything is computed: configurations field by field, weights bit by bit."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from apr.formats.source import ModelSource
 from apr.params import param_specs
-from apr.strict import plain
+from apr.tools.config_diff import differing_fields
 from apr.tools.weights import TensorFault, tensor_fault
 
-NUMBERS = ("rms_norm_eps", "rope_theta", "rope_scaling")  # with those of PARAMS, all that scores depend on
+NUMBERS = ("rms_norm_eps", "rope_theta", "rope_scaling")  # with PARAMS of config_diff, all that scores depend on
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,8 @@ class FieldFault:
 
 def field_faults(expected: ModelSource, found: ModelSource) -> list[FieldFault]:
     """The fields of the configurations that differ, of two models of one shape."""
-    a, b = expected.config, found.config
-    return [FieldFault(f.name, plain(getattr(a, f.name)), plain(getattr(b, f.name)), f.name in NUMBERS)
-            for f in dataclasses.fields(a) if getattr(a, f.name) != getattr(b, f.name)]
+    return [FieldFault(name, a, b, name in NUMBERS)
+            for name, (a, b) in differing_fields(expected.config, found.config).items()]
 
 
 def weight_faults(expected: ModelSource, found: ModelSource) -> Iterator[tuple[str, TensorFault | None]]:

@@ -8,11 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apr.config import TransformerConfig, encode
 from apr.errors import FormatError, GateError, MeasureError
 from apr.taps import split_name
 from apr.tools.compare import Difference, difference
-from apr.tools.shapes import POINTS, check_shapes
+from apr.tools.config_diff import POINTS, check_shapes
 from apr.tools.trace import Trace
 
 ID = "TRACE-DIFF"
@@ -37,12 +36,6 @@ class PointDifference:
     strange: int
     tolerance: float
     within: bool
-
-
-def other_numbers(mine: TransformerConfig, other: TransformerConfig) -> dict[str, tuple[object, object]]:
-    """The fields that differ between models of one shape (eps, theta, …), with both values as plain data."""
-    theirs = encode(other)
-    return {name: (value, theirs[name]) for name, value in encode(mine).items() if value != theirs[name]}
 
 
 def default_tolerance(mine: Trace, other: Trace, gradient: bool) -> float:

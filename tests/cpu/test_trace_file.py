@@ -14,9 +14,10 @@ from apr.errors import AprError, ConfigError, FormatError, GateError, MeasureErr
 from apr.formats.export import export_gguf
 from apr.formats.gguf_model import open_gguf_model
 from apr.formats.safetensors import write_safetensors
+from apr.tools.config_diff import differing_fields
 from apr.tools.device import Choice
 from apr.tools.trace import Trace, capture, statistics
-from apr.tools.trace_diff import default_tolerance, diff, judge, other_numbers, weak_tokens
+from apr.tools.trace_diff import default_tolerance, diff, judge, weak_tokens
 from apr.tools.trace_file import KEY, NAME, check_free, is_trace, open_trace, save_trace
 from apr.tools.trace_points import all_points, select
 
@@ -236,8 +237,8 @@ def test_tolerances_follow_precision_depth_and_direction(trace):
 
 def test_numbers_of_the_configuration_and_weak_prompts_are_told(trace):
     other = dataclasses.replace(trace.config, rms_norm_eps=1e-4)
-    assert other_numbers(trace.config, other) == {"rms_norm_eps": (1e-6, 1e-4)}
+    assert differing_fields(trace.config, other) == {"rms_norm_eps": (1e-6, 1e-4)}
     scaled = dataclasses.replace(trace.config, rope_scaling=LLAMA3)
-    mine, theirs = other_numbers(trace.config, scaled)["rope_scaling"]
+    mine, theirs = differing_fields(trace.config, scaled)["rope_scaling"]
     assert mine is None and json.loads(json.dumps(theirs))["factor"] == 8.0
     assert weak_tokens(TOKENS) is None and "17 equal tokens" in weak_tokens([3] * 17)
