@@ -16,7 +16,7 @@ import numpy as np
 from apr import driver, paths
 from apr.dtypes import BY_NAME
 from apr.errors import AprError, DeviceFault, OutOfMemoryError, ShapeError, UnavailableError
-from apr.kernel import DEVICE_DTYPES, Baked, KernelSpec
+from apr.kernel import DEVICE_DTYPES, Baked, KernelSpec, fast_paths
 from apr.ptx_cache import PtxCache, arch_of
 
 REMEMBERED = 8  # kernels that a fault names
@@ -42,6 +42,7 @@ class Device:
         with self.errors("device"):
             self.stream = self.cupy.cuda.Stream(non_blocking=True)
         self.cache = PtxCache(arch_of(self.capability), folder, warn=warn)
+        self.fast = fast_paths(self.cache.arch, paths.environment().get("APR_GENERAL", ""))
 
     def launch(self, spec: KernelSpec, baked: Baked, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
                shared: int = 0, programmatic: bool = False) -> None:

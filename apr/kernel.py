@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from apr import driver
-from apr.errors import DeviceFault, KernelParamError, LaunchError
+from apr.errors import ConfigError, DeviceFault, KernelParamError, LaunchError, did_you_mean
 
 # Device types by the name that sources use. bf16 travels as uint16: its bits, which no arithmetic of CuPy may touch.
 DEVICE_DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "i32": np.dtype(np.int32), "f64": np.dtype(np.float64),
     "i64": np.dtype(np.int64), "u8": np.dtype(np.uint8)}
 FLOATX = ("f32", "bf16")
+# Ops that have a second kernel for the GPUs of one architecture, beside the general one: what they need.
+FAST_PATHS = {"attention": "sm_90a", "cross_entropy": "sm_90a"}
 ARGUMENT = re.compile(r"(\w+):(const )?(floatX|f32|bf16|i32|i64|f64|u8)(\*\??)?")
 BakedValue = int | float | str
 Baked = dict[str, BakedValue]
@@ -146,6 +148,18 @@ def _argument(declared: str, floatx: str) -> Any:
 def floatx(array: Any) -> str:
     """The storage type of a device array, as kernels spell it: f32, or bf16 for uint16."""
     return "bf16" if array.dtype == np.uint16 else "f32"
+
+
+def fast_paths(arch: str, off: str = "") -> frozenset[str]:
+    """The ops whose fast path an architecture has, less those of the comma-separated list `off` (APR_GENERAL).
+
+    Raises ConfigError for a name in `off` that has no fast path.
+    """
+    named = {name.strip() for name in off.split(",") if name.strip()}
+    if unknown := sorted(named - set(FAST_PATHS)):
+        raise ConfigError("environment variable APR_GENERAL", "ops of " + ", ".join(FAST_PATHS), unknown[0],
+                          did_you_mean(unknown[0], FAST_PATHS))
+    return frozenset(op for op, needed in FAST_PATHS.items() if arch == needed) - named
 
 
 def blocks(work: int, each: int) -> int:

@@ -16,6 +16,7 @@ from apr.errors import ConfigError, NotFoundError, did_you_mean
 ENVIRONMENT = {
     "APR_CACHE_DIR": "folder of the kernel cache",
     "APR_DEVICE": "default of --device",
+    "APR_GENERAL": "ops whose general kernels run even where a fast path covers them, such as attention,cross_entropy",
     "APR_SYNC": "1: wait after every kernel launch, so that a fault names its kernel",
     "APR_TRACEBACK": "1: print the whole traceback of an internal error",
 }

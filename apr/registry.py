@@ -27,24 +27,27 @@ KERNELS: tuple[KernelSpec, ...] = (
     *global_norm.SPECS, *adamw.SPECS, *decode_linear.SPECS, *decode_attention.SPECS, *sampling.SPECS)
 
 
-def variants(config: TransformerConfig, storage: str) -> list[Variant]:
+def variants(config: TransformerConfig, storage: str, fast: frozenset[str] = frozenset()) -> list[Variant]:
     """Every kernel that training or evaluating this model in `storage` (f32 or bf16) launches, with its baked values.
+
+    `fast`: the ops whose fast path the GPU has (Device.fast); it is taken where it covers this model.
 
     Raises ConfigError or UnavailableError for a model that the kernels do not cover.
     """
     c = config
-    return _forward(c, storage) + _each([
+    return _forward(c, storage, fast) + _each([
         (cross_entropy.SPECS, cross_entropy.cross_entropy_baked(c.V, c.Vp, storage)),
         (global_norm.SPECS, global_norm.global_norm_baked(storage)),
         (adamw.SPECS, adamw.adamw_baked(storage)),
     ])
 
 
-def inference_variants(config: TransformerConfig, storage: str, B: int) -> list[Variant]:
+def inference_variants(config: TransformerConfig, storage: str, B: int,
+                       fast: frozenset[str] = frozenset()) -> list[Variant]:
     """Every kernel that generating B sequences with this model launches. Raises as variants."""
     c, eps = config, config.rms_norm_eps
     linear_of = decode_linear.decode_linear_baked
-    return _forward(c, storage) + _each([
+    return _forward(c, storage, fast) + _each([
         (decode_attention.SPECS, decode_attention.decode_attention_baked(c, storage)),
         ([decode_linear.QKV], linear_of(B, c.QKV, c.C, eps, storage)),
         ([decode_linear.ADD], linear_of(B, c.C, c.NH * c.HS, eps, storage)),
@@ -55,13 +58,13 @@ def inference_variants(config: TransformerConfig, storage: str, B: int) -> list[
     ])
 
 
-def _forward(c: TransformerConfig, storage: str) -> list[Variant]:
+def _forward(c: TransformerConfig, storage: str, fast: frozenset[str]) -> list[Variant]:
     """The kernels of the layers, with their gradients, which come in the same files."""
     groups: list[tuple[Iterable[KernelSpec], Baked]] = [
         (embedding.SPECS, embedding.embedding_baked(c.C, storage)),
         (rmsnorm.SPECS, rmsnorm.rmsnorm_baked(c.C, c.rms_norm_eps, storage)),
         (rope.SPECS, rope.rope_baked(c, storage)),
-        (attention.specs(storage), attention.attention_baked(c, storage)),
+        (attention.specs(c, storage, fast), attention.attention_baked(c, storage)),
         (swiglu.SPECS, swiglu.swiglu_baked(c.F, storage)),
     ]
     if c.use_bias:

@@ -52,7 +52,7 @@ class CudaEngine(Engine):
             raise ConfigError("--batch-size", f"at most {BATCHES[-1]} sequences at a time on a GPU", str(B), "lower it")
         self.S, self.device, storage = S, f"cuda:{device.ordinal}", STORAGE[precision]
         self.gate: Mapping[str, Any] = {"status": "not run", "reason": "the engine was not made by apr.load or apr run"}
-        needed = inference_variants(self.config, storage, self.B)
+        needed = inference_variants(self.config, storage, self.B, device.fast)
         bests = head_blocks(self.config, self.B, storage)
         self.arena = Arena(device, inference_plan(self.config, self.B, S, precision, bests,
                                                   partial_size(self.config, self.B)))

@@ -51,8 +51,8 @@ FAMILIES = {"bf16": BF16, "f32": F32}
 SPECS = (*BF16.specs, *F32.specs)
 
 
-def specs(storage: str) -> tuple[KernelSpec, ...]:
-    """The kernels of one storage type."""
+def specs(c: TransformerConfig, storage: str, fast: frozenset[str]) -> tuple[KernelSpec, ...]:
+    """The kernels that this model's attention launches."""
     return FAMILIES[storage].specs
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from apr import paths
 from apr.config import TransformerConfig
 from apr.errors import ConfigError, NotFoundError, StorageError
+from apr.kernel import fast_paths
 from apr.ptx_cache import PtxCache
 from apr.ptx_store import Entry, PtxStore
 from apr.registry import variants
@@ -128,9 +129,10 @@ def warm(configs: Iterable[tuple[TransformerConfig, str]], archs: Iterable[str],
     Raises StorageError where the cache cannot be used; KernelCompileError.
     """
     open_store().sweep(STALE)
-    needed = [v for config, storage in configs for v in variants(config, storage)]
+    models = list(configs)
     for arch in archs:
-        cache = PtxCache(arch, warn=warn)
+        cache, fast = PtxCache(arch, warn=warn), fast_paths(arch)
+        needed = [v for config, storage in models for v in variants(config, storage, fast)]
         made = cache.warm(needed)
         yield {"arch": arch, "modules": len(made), "compiled": cache.counts.compiled, "found": cache.counts.hits,
                "bytes": sum(len(e.image) for e in made)}

@@ -44,7 +44,7 @@ class CudaTransformerTrainer(Trainer):
         super().__init__(model, config)
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
-        needed = variants(model, self.storage)  # what the kernels do not cover is refused before anything is allocated
+        needed = variants(model, self.storage, self.dev.fast)  # what they do not cover is refused before any allocation
         self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
         warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)

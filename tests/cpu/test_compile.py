@@ -16,7 +16,7 @@ from small_kernels import BAKED, SOURCE, SPEC, small_cache, write_kernels
 
 from apr.errors import KernelCompileError, UnavailableError
 from apr.infer.cuda_engine import BATCHES
-from apr.kernel import Baked, KernelSpec
+from apr.kernel import Baked, KernelSpec, fast_paths
 from apr.presets import llama3_2_1b, llama_370m, qwen2_0_5b, qwen2_7b, qwen3_0_6b
 from apr.ptx_cache import OPTIONS, PtxCache, Recipe, compile_text
 from apr.ptx_store import Entry
@@ -48,9 +48,9 @@ def recipes() -> dict[str, Recipe]:
         kernels = PtxCache(arch)
         for config in CONFIGS:
             for storage in ("f32", "bf16"):
-                needed = variants(config, storage)
+                needed = variants(config, storage, fast_paths(arch))
                 if arch != "sm_90":
-                    needed += [v for b in (1, 8) for v in inference_variants(config, storage, b)]
+                    needed += [v for b in (1, 8) for v in inference_variants(config, storage, b, fast_paths(arch))]
                 for spec, baked in needed:
                     r = kernels.recipe(spec, baked)
                     found[r.key] = r

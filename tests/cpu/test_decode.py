@@ -24,6 +24,7 @@ class FakeDevice:
     """Memory that is NumPy's, and a list of what was launched: (spec, baked, programmatic)."""
 
     ordinal = 0
+    fast: frozenset[str] = frozenset()
 
     def __init__(self):
         self.launched: list[tuple[KernelSpec, Baked, bool]] = []

@@ -92,6 +92,7 @@ class FakeDevice:
     """Device memory that is NumPy's."""
 
     ordinal = 0
+    fast: frozenset[str] = frozenset()
 
     def free_bytes(self):
         return 1 << 40, 1 << 40

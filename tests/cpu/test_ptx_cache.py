@@ -227,7 +227,7 @@ def test_every_entry_of_every_source_has_a_spec():
 def test_the_registry_has_every_kernel_of_a_model(storage):
     """And each variant's names are exact; and eps, theta and scaling are the model's."""
     cache = PtxCache("sm_90a", None)
-    other = set(attention.specs("f32" if storage == "bf16" else "bf16"))
+    other = set(attention.FAMILIES["f32" if storage == "bf16" else "bf16"].specs)
     scaled = replace(qwen2_0_5b, rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                           original_max_position_embeddings=8192))
     for config in (*PRESETS.values(), scaled):

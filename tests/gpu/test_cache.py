@@ -119,9 +119,9 @@ def test_other_processes_compile_nothing_and_get_the_same_bits(truth):
 def test_a_warmed_folder_makes_a_run_compile_nothing(truth, tmp_path):
     """Warmed without loading anything, as `apr cache warm` does."""
     precision, hashes, _ = truth
-    folder, arch = tmp_path / "cache", device(tmp_path / "other").cache.arch
+    folder, gpu = tmp_path / "cache", device(tmp_path / "other")
     storage = {"fp32": "f32", "bf16": "bf16"}[precision]
-    PtxCache(arch, folder).warm(variants(MODELS["A"], storage))
+    PtxCache(gpu.cache.arch, folder).warm(variants(MODELS["A"], storage, gpu.fast))
     assert alone("A", folder, precision)[:2] == (hashes["A"], 0)
     dev = device(folder)
     net = trainer(dev, "A", precision)
