@@ -34,7 +34,7 @@ class Device:
             raise UnavailableError(f"GATE-GPUTRAIN-002 cuda:{ordinal}", "a GPU that can be used", "; ".join(problems),
                                    "see 'apr doctor', or use --device cpu")
         info = found.devices[ordinal]
-        self.ordinal, self.name, self.capability = ordinal, info.name, info.capability
+        self.ordinal, self.name, self.capability, self.sm_count = ordinal, info.name, info.capability, info.sm_count
         self.cupy = driver.import_cupy()
         self.sync_launches = paths.environment().get("APR_SYNC") == "1"
         self.recent: deque[str] = deque(maxlen=REMEMBERED)

@@ -21,7 +21,7 @@ DEVICE_DTYPES: dict[str, np.dtype[Any]] = {
 FLOATX = ("f32", "bf16")
 # Ops that have a second kernel for the GPUs of one architecture, beside the general one: what they need.
 FAST_PATHS = {"attention": "sm_90a", "cross_entropy": "sm_90a"}
-ARGUMENT = re.compile(r"(\w+):(const )?(floatX|f32|bf16|i32|i64|f64|u8)(\*\??)?")
+ARGUMENT = re.compile(r"(\w+):(?:(const )?(floatX|f32|bf16|i32|i64|f64|u8)(\*\??)?|map)")
 BakedValue = int | float | str
 Baked = dict[str, BakedValue]
 
@@ -31,7 +31,8 @@ class KernelSpec:
     """A kernel: its file, its entry, the names baked into it, its arguments in order.
 
     An argument is "name:type" for a scalar, "name:type*" for an array, "name:type*?" for an array that may be None;
-    type is floatX, f32, bf16, i32, i64, f64 or u8, and "const type" for what the kernel only reads.
+    type is floatX, f32, bf16, i32, i64, f64 or u8, and "const type" for what the kernel only reads. "name:map" is a
+    tensor map (driver.tensor_map).
     """
 
     source: str
@@ -122,6 +123,15 @@ def _argument(declared: str, floatx: str) -> Any:
     match = ARGUMENT.fullmatch(declared)
     assert match is not None
     name, _, kind, pointer = match.groups()
+
+    def tensor_map(key: str, value: Any) -> bytes:
+        if not isinstance(value, bytes) or len(value) != driver.MAP_BYTES:
+            raise LaunchError(f"{key}: argument {name}", f"a tensor map, {driver.MAP_BYTES} bytes",
+                              type(value).__name__, "make it by driver.tensor_map")
+        return value
+
+    if kind is None:
+        return tensor_map
     dtype = DEVICE_DTYPES[floatx if kind == "floatX" else kind]
 
     def scalar(key: str, value: Any) -> bytes:

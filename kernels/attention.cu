@@ -21,35 +21,16 @@
 // FLOPS     B*NH*HS*T^2 times 2 (forward), 4 (dkv), 3 (dq): score and dprob twice, as dq is summed without atomics
 // NUMERICS  f32 sums in fixed order (bit-reproducible); softmax f32, ex2.approx (2 ulp); prob, dscore rounded to bf16
 // CONTRACT  contracts/attention-v1.yaml      REFERENCE  apr/reference/attention.py
-#include "common.cuh"
-#define UNROLL _Pragma("unroll")
-#define DEVICE __device__ __forceinline__
-#define MINUS_INF __uint_as_float(0xff800000u)
-constexpr int HS = K_HS, NH = K_NH, NKV = K_NKV, G = NH / NKV, QKV = (NH + 2 * NKV) * HS, OUT = NH * HS;
-static_assert(same_type<floatX, bf16>::value, "FLOATX is bf16 here; attention_f32.cu is for f32");
-static_assert((HS == 32 || HS == 64 || HS == 80 || HS == 96 || HS == 128) && NH % NKV == 0, "HS, NH, NKV");
+#include "attention.cuh"
+static_assert(HS == 32 || HS == 64 || HS == 80 || HS == 96 || HS == 128, "HS");
 constexpr int TILE = 64;                         // rows of a shared tile: the keys or the queries that a block streams
 constexpr int STRIDE = HS + 8;                   // an odd number of 16-byte units: no bank conflicts in ldmatrix
 constexpr int STAGE = 2 * TILE * STRIDE;         // two tiles that are used together; two stages, one filled meanwhile
 constexpr int FORWARD_ROWS = 128, FORWARD_THREADS = 256, THREADS = 128, DELTA_LANES = 8;
 constexpr int DKV_SUB = HS > 96 ? 16 : HS > 64 ? 32 : 64, DQ_SUB = HS > 96 ? 16 : 32;  // score columns in registers
-constexpr float LOG2E = 1.4426950408889634f;     // exp(x) = exp2(x * LOG2E)
 static_assert(FORWARD_ROWS == 2 * TILE && THREADS == 2 * TILE && STRIDE / 8 % 2 == 1, "tiles");
 extern __shared__ __align__(16) bf16 shared[];
 
-// A block's work. Blocks start in linear order, so the longest (rank 0) of all heads and batches come first.
-struct Place { i32 rank, head, batch; };
-DEVICE Place place() {
-    const u32 linear = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), heads = gridDim.y * gridDim.z;
-    return {(i32)(linear / heads), (i32)(linear % heads % gridDim.y), (i32)(linear % heads / gridDim.y)};
-}
-DEVICE float exp2_approx(float x) { asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x)); return x; }
-DEVICE u32 pack(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 // Copies 16 bytes or 4 in the background; writes zeros and reads nothing if not inside.
 template <int BYTES> DEVICE void copy(void* to, const void* p, bool inside) {
     const u32 a = shared_address(to), n = inside ? BYTES : 0;
@@ -111,16 +92,6 @@ template <int K> DEVICE void multiply_add(f32 (&acc)[HS / 8][4], const f32 (&p)[
     }
 }
 
-// score = -inf where the key is later than the query. `ahead`: the first column of s less its first row.
-template <int N, bool KEY_ROWS> DEVICE void mask_later_keys(f32 (&s)[N / 8][4], i32 ahead) {
-    if (KEY_ROWS ? ahead >= 15 : ahead <= 1 - N) return;                   // away from the diagonal
-    ahead += (i32)(threadIdx.x % 4 * 2) - (i32)(threadIdx.x % 32 / 4);
-    UNROLL for (int i = 0; i < N / 2; i++) {
-        const i32 distance = ahead + i / 4 * 8 + i % 2 - i % 4 / 2 * 8;
-        if (KEY_ROWS ? distance < 0 : distance > 0) s[i / 4][i % 4] = MINUS_INF;
-    }
-}
-
 // A tile of rows, LENGTH apart, from `first` on; those after the `count` that exist become 0 (0 * garbage may be NaN).
 template <int LENGTH, int BLOCK = THREADS, int ROWS = TILE>
 DEVICE void load_tile(bf16* tile, const bf16* first, i32 count) {
@@ -135,17 +106,6 @@ template <int LENGTH, int BLOCK = THREADS>
 DEVICE void load_stage(bf16* stage, const bf16* a, const bf16* b, i32 row0, i32 T) {
     load_tile<QKV, BLOCK>(stage, a + (i64)row0 * QKV, T - row0);
     load_tile<LENGTH, BLOCK>(stage + TILE * STRIDE, b + (i64)row0 * LENGTH, T - row0);
-}
-
-// The warp's rows = acc * factor (low of its rows 0..7, high of 8..15); `count` of them exist
-template <int LENGTH>
-DEVICE void store_rows(bf16* first, const f32 (&acc)[HS / 8][4], i32 count, f32 low, f32 high) {
-    const int row = threadIdx.x % 32 / 4;
-    bf16* to = first + row * LENGTH + threadIdx.x % 4 * 2;
-    UNROLL for (int n = 0; n < HS / 8; n++) {
-        if (row < count) *(u32*)(to + n * 8) = pack(acc[n][0] * low, acc[n][1] * low);
-        if (row + 8 < count) *(u32*)(to + 8 * LENGTH + n * 8) = pack(acc[n][2] * high, acc[n][3] * high);
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, HS <= 64 ? 2 : 1)

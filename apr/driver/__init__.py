@@ -22,10 +22,10 @@ from apr.driver.libraries import (
     library_version,
     loaded_libraries,
 )
-from apr.driver.tensor_maps import tensor_map
+from apr.driver.tensor_maps import MAP_BYTES, tensor_map
 
 __all__ = [
-    "OUT_OF_MEMORY", "DeviceInfo", "DriverInfo", "FunctionAttributes", "check", "cuda_problems", "cuda_versions",
-    "cupy_distributions", "error_name", "function_attributes", "import_cupy", "is_sticky", "launch", "library_path",
-    "library_version", "load_log", "loaded_libraries", "probe", "set_dynamic_shared", "tensor_map",
+    "MAP_BYTES", "OUT_OF_MEMORY", "DeviceInfo", "DriverInfo", "FunctionAttributes", "check", "cuda_problems",
+    "cuda_versions", "cupy_distributions", "error_name", "function_attributes", "import_cupy", "is_sticky", "launch",
+    "library_path", "library_version", "load_log", "loaded_libraries", "probe", "set_dynamic_shared", "tensor_map",
 ]

@@ -1,19 +1,27 @@
-"""Causal grouped-query attention and its gradient: kernels/attention.cu (bf16, tensor cores), attention_f32.cu."""
+"""Causal grouped-query attention and its gradient, by the kernels of one of three sources:
 
+    attention_sm90.cu   bf16 on Hopper, head size 64 or 128: the fast path     attention.cu   bf16, tensor cores
+    attention_f32.cu    float32
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from apr import driver
 from apr.config import TransformerConfig
 from apr.device import Device
 from apr.errors import UnavailableError
 from apr.kernel import Baked, KernelSpec, blocks, floatx
 
 BAKED = ("FLOATX", "HS", "NH", "NKV")
-BF16_HEADS = (32, 64, 80, 96, 128)
+BF16_HEADS, SM90_HEADS = (32, 64, 80, 96, 128), (64, 128)
 LARGEST_HEAD = 128
 DELTA_ROWS = 16
+BOX = 64  # rows and columns of a box of attention_sm90.cu's tensor maps
+SM90_ROWS, SM90_KEYS = {64: 192, 128: 128}, 128  # queries of a block of forward and dq; keys of a block of dkv
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,28 @@ class Family:
 BF16 = Family("attention.cu", 128, 256, 64)
 F32 = Family("attention_f32.cu", 32, 128, 32)
 FAMILIES = {"bf16": BF16, "f32": F32}
-SPECS = (*BF16.specs, *F32.specs)
+_GRADIENT = ("dqkv:floatX*", "tokens:map", "douts:map", "lse:const f32*", "delta:const f32*")
+SM90_FORWARD = KernelSpec("attention_sm90.cu", "attention_sm90_forward", BAKED,
+                          ("out:floatX*", "lse:f32*", "tokens:map", "B:i32", "T:i32", "scale:f32"))
+SM90_DKV = KernelSpec("attention_sm90.cu", "attention_sm90_dkv", BAKED, (*_GRADIENT, "T:i32", "scale:f32"))
+SM90_DQ = KernelSpec("attention_sm90.cu", "attention_sm90_dq", BAKED, (*_GRADIENT, "B:i32", "T:i32", "scale:f32"))
+SM90 = (SM90_FORWARD, SM90_DKV, SM90_DQ)
+SPECS = (*BF16.specs, *F32.specs, *SM90)
 
 
-def specs(c: TransformerConfig, storage: str, fast: frozenset[str]) -> tuple[KernelSpec, ...]:
+def fast(c: TransformerConfig, storage: str, paths: frozenset[str]) -> bool:
+    """Whether attention_sm90.cu takes this model; `paths` is Device.fast."""
+    return "attention" in paths and storage == "bf16" and c.HS in SM90_HEADS
+
+
+def specs(c: TransformerConfig, storage: str, paths: frozenset[str]) -> tuple[KernelSpec, ...]:
     """The kernels that this model's attention launches."""
-    return FAMILIES[storage].specs
+    general = FAMILIES[storage].specs
+    return (*SM90, general[1]) if fast(c, storage, paths) else general
 
 
 def attention_baked(c: TransformerConfig, storage: str) -> Baked:
-    """The baked values of all four kernels. Raises UnavailableError for a head size that they do not cover."""
+    """The baked values of all kernels. Raises UnavailableError for a head size that they do not cover."""
     covered = c.HS in BF16_HEADS if storage == "bf16" else c.HS <= LARGEST_HEAD
     if not covered:
         sizes = ", ".join(map(str, BF16_HEADS)) if storage == "bf16" else f"up to {LARGEST_HEAD}"
@@ -74,6 +94,10 @@ def attention_forward(dev: Device, out: Any, lse: Any, qkv: Any, B: int, T: int,
     """
     storage = floatx(out)
     family, baked = FAMILIES[storage], attention_baked(config, storage)
+    if fast(config, storage, dev.fast):
+        dev.launch(SM90_FORWARD, baked, *_by_rows(dev, B, T, config),
+                   (out, lse, _map(qkv, B, T), np.int32(B), np.int32(T), np.float32(scale)), sm90_shared(config.HS)[0])
+        return
     dev.launch(family.specs[0], baked, (blocks(T, family.forward_rows), config.NH, B), (family.forward_threads,),
                (out, lse, qkv, np.int32(T), np.float32(scale)), family.shared(config.HS)[0])
 
@@ -84,11 +108,39 @@ def attention_backward(dev: Device, dqkv: Any, delta: Any, dout: Any, qkv: Any, 
 
     dout (B*T, NH*HS); qkv, out, lse, scale as in forward.
     """
-    storage = floatx(dqkv)
-    family, baked = FAMILIES[storage], attention_baked(config, storage)
+    storage, c = floatx(dqkv), config
+    family, baked = FAMILIES[storage], attention_baked(c, storage)
     _, delta_spec, dkv, dq = family.specs
-    _, dkv_shared, dq_shared = family.shared(config.HS)
-    dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), config.NH, B), (128,), (delta, out, dout, np.int32(T)))
+    dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), c.NH, B), (128,), (delta, out, dout, np.int32(T)))
+    if fast(c, storage, dev.fast):
+        _, dkv_shared, dq_shared = sm90_shared(c.HS)
+        maps = (dqkv, _map(qkv, B, T), _map(dout, B, T), lse, delta)
+        dev.launch(SM90_DKV, baked, (blocks(T, SM90_KEYS), c.NKV, B), (384,), (*maps, np.int32(T), np.float32(scale)),
+                   dkv_shared)
+        dev.launch(SM90_DQ, baked, *_by_rows(dev, B, T, c), (*maps, np.int32(B), np.int32(T), np.float32(scale)),
+                   dq_shared)
+        return
+    _, dkv_shared, dq_shared = family.shared(c.HS)
     arguments = (dqkv, qkv, dout, lse, delta, np.int32(T), np.float32(scale))
-    dev.launch(dkv, baked, (blocks(T, family.rows), config.NKV, B), (128,), arguments, dkv_shared)
-    dev.launch(dq, baked, (blocks(T, family.rows), config.NH, B), (128,), arguments, dq_shared)
+    dev.launch(dkv, baked, (blocks(T, family.rows), c.NKV, B), (128,), arguments, dkv_shared)
+    dev.launch(dq, baked, (blocks(T, family.rows), c.NH, B), (128,), arguments, dq_shared)
+
+
+def sm90_shared(HS: int) -> tuple[int, int, int]:
+    """Dynamic shared bytes of attention_sm90.cu's forward, dkv and dq: the structures there, and room to align them."""
+    row, rows, stages = 2 * HS, SM90_ROWS[HS], 4 if HS == 64 else 2
+    return (row * (rows + 4 * SM90_KEYS) + 80 + 1024,
+            row * (2 * SM90_KEYS + 2 * stages * BOX) + stages * (8 * BOX + 16) + 8 + 1024,
+            row * (2 * rows + 2 * stages * BOX) + 16 * stages + 16 + 1024)
+
+
+def _by_rows(dev: Device, B: int, T: int, c: TransformerConfig) -> tuple[Sequence[int], Sequence[int]]:
+    """Grid and block of forward and dq: blocks that stay and take one piece of work after another."""
+    rows = SM90_ROWS[c.HS]
+    return (min(dev.sm_count, blocks(T, rows) * c.NH * B),), (2 * rows + 128,)
+
+
+def _map(array: Any, B: int, T: int) -> bytes:
+    """The tensor map of (B*T, width) as (B, T, width), for boxes of 64 x 64."""
+    width = array.shape[-1]
+    return driver.tensor_map(int(array.data.ptr), "bf16", (width, T, B), (2 * width, 2 * T * width), (BOX, BOX, 1), 128)

@@ -1,0 +1,386 @@
+// attention_sm90.cu - attention.cu's forward, dkv and dq for Hopper: wgmma on tiles that TMA brings, roles by warpgroup.
+//
+// MATH      as in attention.cu, row by row; delta comes from there
+// SOURCE    as there; roles, register shares and the order of products after Shah et al. 2024 (FlashAttention-3),
+//           arXiv:2407.08608
+// SHAPES    as in attention.cu; tokens, douts: tensor maps of qkv (B, T, QKV) and dout (B, T, NH*HS), boxes of 64 x 64,
+//           128 bytes swizzled; what lies at rows from T on reads as zero
+// WRITES    forward out = lse =   dkv: the key and value columns of dqkv =   dq: the query columns =
+// BAKED     FLOATX (bf16), HS (64, 128), NH, NKV      RUNTIME  B >= 1, T >= 1, scale > 0
+// LAUNCH    W = 3 warpgroups of 64 rows for HS 64, 2 for HS 128, and one that copies:
+//           forward  grid (min(SMs, ceil(T/64W)*NH*B))  block (128W + 128)   64W queries at a time, 64 per warpgroup
+//           dq       grid (min(SMs, ceil(T/64W)*NH*B))  block (128W + 128)   the same
+//           dkv      grid (ceil(T/128), NKV, B)         block (384)          128 keys, 64 per warpgroup
+//           dynamic shared bytes: Forward::BYTES, Dq::BYTES, Dkv::BYTES below, as apr/ops/attention.py counts them
+// MEMORY    bytes as in attention.cu; tiles are streamed mostly from L2: forward 1 byte per 192 FLOP (HS 128: 128)
+// FLOPS     as in attention.cu
+// NUMERICS  as in attention.cu: f32 sums in fixed order, ex2.approx, prob and dscore rounded to bf16
+// CONTRACT  contracts/attention-v1.yaml      REFERENCE  apr/reference/attention.py
+#include "attention.cuh"
+#include "hopper.cuh"
+static_assert(HS == 64 || HS == 128, "HS");
+constexpr int SLABS = HS / SLAB, PANEL = 64 * SLAB;        // slabs of a head; elements of 64 rows of one
+constexpr int CONSUMERS = HS == 64 ? 3 : 2, ROWS = 64 * CONSUMERS, BLOCK = 128 * CONSUMERS + 128, DKV_BLOCK = 384;
+constexpr int TAKE = HS == 64 ? 160 : 240, GIVE = HS == 64 ? 32 : 24, DKV_TAKE = 240, DKV_GIVE = 24;
+constexpr int KEYS = 128, DKV_KEYS = 128;                  // of a forward stage; of a dkv block
+extern __shared__ u64 dynamic[];
+
+// A pipeline's place: which stage, and the phase of its barriers.
+template <int STAGES> struct Cursor {
+    int stage = 0;
+    u32 phase = 0;
+    DEVICE void next() { if (++stage == STAGES) stage = 0, phase ^= 1; }
+};
+
+// STAGES tiles come and go: `full` when one has come, `empty` when every consumer warp is done with it.
+template <int STAGES> struct Pipe {
+    u64 full[STAGES], empty[STAGES];
+    DEVICE void init(u32 arrivals, int consumers) {
+        UNROLL for (int i = 0; i < STAGES; i++) barrier_init(full + i, arrivals), barrier_init(empty + i, 4 * consumers);
+    }
+    DEVICE void wait_full(const Cursor<STAGES>& c) { barrier_wait(full + c.stage, c.phase); }
+    DEVICE void wait_empty(const Cursor<STAGES>& c) { barrier_wait(empty + c.stage, c.phase ^ 1); }
+    DEVICE void release(const Cursor<STAGES>& c) { if (threadIdx.x % 32 == 0) barrier_arrive(empty + c.stage); }
+};
+
+template <int N> struct Tile { bf16 panel[SLABS][N / 64][PANEL]; };     // N rows of a head
+// N rows from row0 on of the head that begins at `column` of a map
+template <int N> DEVICE void copy_tile(Tile<N>& to, const TensorMap& map, u64* full, i32 column, i32 row0, i32 batch) {
+    UNROLL for (int i = 0; i < SLABS * (N / 64); i++)
+        copy_box(to.panel[i % SLABS][i / SLABS], map, full, column + i % SLABS * SLAB, row0 + i / SLABS * 64, batch);
+}
+template <int N> constexpr u32 tile_bytes = N * HS * 2;
+
+// s (64, N) = rows . tile^T over HS; `rows` describes the warpgroup's 64 rows of a tile whose slabs are ROW_SLAB bytes
+template <int ROW_SLAB, int N> DEVICE void scores(f32 (&s)[N / 8][4], u64 rows, const Tile<N>& tile) {
+    const u64 b = describe(&tile, N * SLAB_ROW);
+    UNROLL for (int k = 0; k < HS / 16; k++)
+        by_row(s, at_bytes(rows, k / 4 * ROW_SLAB + k % 4 * 32), at_bytes(b, k / 4 * (N * SLAB_ROW) + k % 4 * 32), k > 0);
+}
+// acc (64, HS) += p (64, N) . tile
+template <int N> DEVICE void accumulate(f32 (&acc)[HS / 8][4], const u32 (&p)[N / 16][4], const Tile<N>& tile) {
+    const u64 b = describe(&tile, N * SLAB_ROW);
+    UNROLL for (int k = 0; k < N / 16; k++) by_column(acc, p[k], at_bytes(b, k * 16 * SLAB_ROW));
+}
+// Results lie as a left operand wants them.
+template <int N> DEVICE void to_bf16(u32 (&p)[N / 16][4], const f32 (&s)[N / 8][4]) {
+    UNROLL for (int i = 0; i < N / 4; i++) p[i / 4][i % 4] = pack(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
+}
+
+// The first address of dynamic shared memory that swizzled tiles may start at.
+template <class Layout> DEVICE Layout& shared_layout() {
+    return *(Layout*)(((u64)dynamic + 1023) & ~1023ull);
+}
+
+// Work number i of forward and dq: the last queries, which see the most keys, come first.
+struct Work { i32 row0, head, batch; };
+DEVICE Work work(i32 i, i32 tiles, i32 B) {
+    return {(tiles - 1 - i / (NH * B)) * ROWS, i % (NH * B) % NH, i % (NH * B) / NH};
+}
+
+struct Forward {
+    static constexpr int STAGES = 2;
+    Tile<ROWS> queries;
+    Tile<KEYS> keys[STAGES], values[STAGES];
+    Pipe<1> q;
+    Pipe<STAGES> k, v;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
+    floatX* __restrict__ out, f32* __restrict__ lse, const __grid_constant__ TensorMap tokens, i32 B, i32 T, f32 scale) {
+    Forward& shared = shared_layout<Forward>();
+    if (threadIdx.x == 0) {
+        shared.q.init(1, CONSUMERS), shared.k.init(1, CONSUMERS), shared.v.init(1, CONSUMERS);
+        barriers_visible();
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+    const i32 tiles = (T + ROWS - 1) / ROWS, count = tiles * NH * B;
+    Cursor<1> q;
+    Cursor<Forward::STAGES> k, v;
+    if (group == CONSUMERS) {
+        give_registers<GIVE>();
+        if (threadIdx.x % 128 != 0) return;
+        for (i32 i = blockIdx.x; i < count; i += gridDim.x, q.next()) {
+            const Work w = work(i, tiles, B);
+            const i32 key_column = (NH + w.head / G) * HS;
+            shared.q.wait_empty(q);
+            barrier_expect(shared.q.full, tile_bytes<ROWS>);
+            copy_tile(shared.queries, tokens, shared.q.full, w.head * HS, w.row0, w.batch);
+            for (i32 key0 = (min(w.row0 + ROWS, T) - 1) / KEYS * KEYS; key0 >= 0; key0 -= KEYS, k.next()) {
+                shared.k.wait_empty(k);
+                barrier_expect(shared.k.full + k.stage, tile_bytes<KEYS>);
+                copy_tile(shared.keys[k.stage], tokens, shared.k.full + k.stage, key_column, key0, w.batch);
+                shared.v.wait_empty(k);
+                barrier_expect(shared.v.full + k.stage, tile_bytes<KEYS>);
+                copy_tile(shared.values[k.stage], tokens, shared.v.full + k.stage, key_column + NKV * HS, key0, w.batch);
+            }
+        }
+        return;
+    }
+    take_registers<TAKE>();
+    const u64 rows = describe(shared.queries.panel[0][group], ROWS * SLAB_ROW);
+    for (i32 i = blockIdx.x; i < count; i += gridDim.x, q.next()) {
+        const Work w = work(i, tiles, B);
+        const i32 group_row = w.row0 + group * 64, warp_row = group_row + threadIdx.x % 128 / 32 * 16;
+        i32 key0 = (min(w.row0 + ROWS, T) - 1) / KEYS * KEYS;
+        f32 acc[HS / 8][4] = {}, s[KEYS / 8][4], top[2] = {MINUS_INF, MINUS_INF}, total[2] = {}, shrink[2];
+        u32 p[KEYS / 16][4];
+        const auto softmax = [&] {                                         // s becomes exp(s - top), p the same in bf16
+            UNROLL for (int r = 0; r < 2; r++) {
+                float above = MINUS_INF;
+                UNROLL for (int n = 0; n < KEYS / 8; n++) above = fmaxf(above, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 1));
+                above = fmaxf(above, __shfl_xor_sync(0xffffffffu, above, 2));
+                above = fmaxf(top[r], above * (scale * LOG2E));            // finite: the first tile has the row's own key
+                shrink[r] = exp2_approx(top[r] - above);
+                top[r] = above;
+                total[r] *= shrink[r];                                     // a sum over this lane's columns only
+                UNROLL for (int e = 0; e < KEYS / 4; e++) {
+                    f32& x = s[e / 2][2 * r + e % 2];
+                    total[r] += x = exp2_approx(fmaf(x, scale * LOG2E, -above));
+                }
+            }
+        };
+        shared.q.wait_full(q);
+        for (; key0 > group_row + 63; key0 -= KEYS, k.next(), v.next()) {  // all keys are later than the group's queries
+            shared.k.wait_full(k), shared.k.release(k);
+            shared.v.wait_full(v), shared.v.release(v);
+        }
+        shared.k.wait_full(k);
+        begin();
+        scores<ROWS * SLAB_ROW>(s, rows, shared.keys[k.stage]);
+        commit();
+        finish<0>(s);
+        shared.k.release(k);
+        k.next();
+        mask_later_keys<KEYS, false>(s, key0 - warp_row);                  // so are the keys from T on
+        softmax();
+        to_bf16<KEYS>(p, s);
+        for (key0 -= KEYS; key0 >= 0; key0 -= KEYS) {                      // scores of a tile beside values of the last
+            shared.k.wait_full(k);
+            begin();
+            scores<ROWS * SLAB_ROW>(s, rows, shared.keys[k.stage]);
+            commit();
+            shared.v.wait_full(v);
+            accumulate<KEYS>(acc, p, shared.values[v.stage]);
+            commit();
+            finish<1>(s);
+            shared.k.release(k);
+            k.next();
+            softmax();
+            finish<0>(acc);
+            shared.v.release(v);
+            v.next();
+            UNROLL for (int e = 0; e < HS / 2; e++) acc[e / 4][e % 4] *= shrink[e % 4 / 2];
+            to_bf16<KEYS>(p, s);
+        }
+        shared.q.release(q);
+        shared.v.wait_full(v);
+        begin();
+        accumulate<KEYS>(acc, p, shared.values[v.stage]);
+        commit();
+        finish<0>(acc);
+        shared.v.release(v);
+        v.next();
+        const i32 row = warp_row + lane / 4;
+        UNROLL for (int r = 0; r < 2; r++) {
+            total[r] = warp_sum<4>(total[r]);
+            if (lane % 4 == 0 && row + 8 * r < T)
+                lse[((i64)w.batch * NH + w.head) * T + row + 8 * r] = top[r] / LOG2E + logf(total[r]);
+        }
+        store_rows<OUT>(out + ((i64)w.batch * T + warp_row) * OUT + w.head * HS, acc, T - warp_row, 1.0f / total[0],
+                        1.0f / total[1]);
+    }
+}
+
+struct Dkv {
+    static constexpr int STAGES = HS == 64 ? 4 : 2;
+    Tile<DKV_KEYS> keys, values;
+    Tile<64> queries[STAGES], douts[STAGES];
+    f32 sums[STAGES][64], means[STAGES][64];                               // lse and delta of a tile's queries
+    Pipe<STAGES> pipe;
+    u64 loaded;
+};
+
+// Rows are keys and columns are queries here, so prob and dscore come out transposed, as left operands of the sums.
+extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
+    floatX* __restrict__ dqkv, const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap douts,
+    const f32* __restrict__ lse, const f32* __restrict__ delta, i32 T, f32 scale) {
+    Dkv& shared = shared_layout<Dkv>();
+    if (threadIdx.x == 0) {
+        shared.pipe.init(1 + 32, 2), barrier_init(&shared.loaded, 1);
+        barriers_visible();
+    }
+    __syncthreads();
+    const Place at = place();
+    const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+    const i32 key0 = at.rank * DKV_KEYS, key_column = (NH + at.head) * HS; // the first keys have the most queries
+    Cursor<Dkv::STAGES> c;
+    if (group == 2) {
+        give_registers<DKV_GIVE>();
+        if (threadIdx.x % 128 >= 32) return;
+        if (lane == 0) {
+            barrier_expect(&shared.loaded, 2 * tile_bytes<DKV_KEYS>);
+            copy_tile(shared.keys, tokens, &shared.loaded, key_column, key0, at.batch);
+            copy_tile(shared.values, tokens, &shared.loaded, key_column + NKV * HS, key0, at.batch);
+        }
+        for (i32 head = at.head * G; head < (at.head + 1) * G; head++)     // each query head, from the diagonal on
+            for (i32 row0 = key0; row0 < T; row0 += 64, c.next()) {
+                u64* full = shared.pipe.full + c.stage;
+                shared.pipe.wait_empty(c);
+                if (lane == 0) {
+                    barrier_expect(full, 2 * tile_bytes<64>);
+                    copy_tile(shared.queries[c.stage], tokens, full, head * HS, row0, at.batch);
+                    copy_tile(shared.douts[c.stage], douts, full, head * HS, row0, at.batch);
+                }
+                const i64 stat = ((i64)at.batch * NH + head) * T + row0;
+                UNROLL for (int i = lane; i < 64; i += 32) {
+                    copy_float(&shared.sums[c.stage][i], lse + stat + i, row0 + i < T);
+                    copy_float(&shared.means[c.stage][i], delta + stat + i, row0 + i < T);
+                }
+                barrier_arrive_after_copies(full);
+            }
+        return;
+    }
+    take_registers<DKV_TAKE>();
+    const i32 group_key = key0 + group * 64, warp_key = group_key + threadIdx.x % 128 / 32 * 16;
+    const u64 keys = describe(shared.keys.panel[0][group], DKV_KEYS * SLAB_ROW);
+    const u64 values = describe(shared.values.panel[0][group], DKV_KEYS * SLAB_ROW);
+    f32 dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, prob[8][4], ds[8][4];
+    u32 p[4][4], d[4][4];
+    Cursor<Dkv::STAGES> last;                                              // the tile whose sums may still be under way
+    bool pending = false;
+    barrier_wait(&shared.loaded, 0);
+    for (int head = 0; head < G; head++)
+        for (i32 row0 = key0; row0 < T; row0 += 64, c.next()) {
+            shared.pipe.wait_full(c);
+            if (row0 + 63 < group_key) {                                   // all queries are before the group's keys
+                finish<0>();
+                if (pending) shared.pipe.release(last);
+                pending = false;
+                shared.pipe.release(c);
+            } else {
+                const auto* sum = (const Vec<f32, 2>*)shared.sums[c.stage] + lane % 4;
+                const auto* mean = (const Vec<f32, 2>*)shared.means[c.stage] + lane % 4;
+                begin();
+                scores<DKV_KEYS * SLAB_ROW>(prob, keys, shared.queries[c.stage]);
+                commit();
+                scores<DKV_KEYS * SLAB_ROW>(ds, values, shared.douts[c.stage]);
+                commit();
+                finish<2>();
+                if (pending) shared.pipe.release(last);
+                last = c, pending = true;
+                finish<1>(prob);
+                mask_later_keys<64, true>(prob, row0 - warp_key);
+                UNROLL for (int e = 0; e < 32; e++) {
+                    f32& x = prob[e / 4][e % 4];
+                    x = exp2_approx(fmaf(x, scale * LOG2E, -LOG2E * sum[e / 4 * 4][e % 2]));
+                }
+                to_bf16<64>(p, prob);
+                begin();
+                accumulate<64>(dv, p, shared.douts[c.stage]);
+                commit();
+                finish<1>(ds);
+                UNROLL for (int e = 0; e < 32; e++)                        // queries from T on: dout and dscore are 0
+                    ds[e / 4][e % 4] = prob[e / 4][e % 4] * (ds[e / 4][e % 4] - mean[e / 4 * 4][e % 2]);
+                to_bf16<64>(d, ds);
+                begin();
+                accumulate<64>(dk, d, shared.queries[c.stage]);
+                commit();
+            }
+        }
+    finish<0>(dv);
+    finish<0>(dk);
+    bf16* to = dqkv + ((i64)at.batch * T + warp_key) * QKV + key_column;
+    store_rows<QKV>(to, dk, T - warp_key, scale, scale);
+    store_rows<QKV>(to + NKV * HS, dv, T - warp_key, 1.0f, 1.0f);
+}
+
+struct Dq {
+    static constexpr int STAGES = HS == 64 ? 4 : 2;
+    Tile<ROWS> queries, douts;
+    Tile<64> keys[STAGES], values[STAGES];
+    Pipe<1> rows;
+    Pipe<STAGES> pipe;
+};
+
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_dq(
+    floatX* __restrict__ dqkv, const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap douts,
+    const f32* __restrict__ lse, const f32* __restrict__ delta, i32 B, i32 T, f32 scale) {
+    Dq& shared = shared_layout<Dq>();
+    if (threadIdx.x == 0) {
+        shared.rows.init(1, CONSUMERS), shared.pipe.init(1, CONSUMERS);
+        barriers_visible();
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+    const i32 tiles = (T + ROWS - 1) / ROWS, count = tiles * NH * B;
+    Cursor<1> r;
+    Cursor<Dq::STAGES> c;
+    if (group == CONSUMERS) {
+        give_registers<GIVE>();
+        if (threadIdx.x % 128 != 0) return;
+        for (i32 i = blockIdx.x; i < count; i += gridDim.x, r.next()) {
+            const Work w = work(i, tiles, B);
+            const i32 key_column = (NH + w.head / G) * HS;
+            shared.rows.wait_empty(r);
+            barrier_expect(shared.rows.full, 2 * tile_bytes<ROWS>);
+            copy_tile(shared.queries, tokens, shared.rows.full, w.head * HS, w.row0, w.batch);
+            copy_tile(shared.douts, douts, shared.rows.full, w.head * HS, w.row0, w.batch);
+            for (i32 key0 = 0; key0 < min(w.row0 + ROWS, T); key0 += 64, c.next()) {
+                shared.pipe.wait_empty(c);
+                barrier_expect(shared.pipe.full + c.stage, 2 * tile_bytes<64>);
+                copy_tile(shared.keys[c.stage], tokens, shared.pipe.full + c.stage, key_column, key0, w.batch);
+                copy_tile(shared.values[c.stage], tokens, shared.pipe.full + c.stage, key_column + NKV * HS, key0, w.batch);
+            }
+        }
+        return;
+    }
+    take_registers<TAKE>();
+    const u64 queries = describe(shared.queries.panel[0][group], ROWS * SLAB_ROW);
+    const u64 dout_rows = describe(shared.douts.panel[0][group], ROWS * SLAB_ROW);
+    for (i32 i = blockIdx.x; i < count; i += gridDim.x, r.next()) {
+        const Work w = work(i, tiles, B);
+        const i32 group_row = w.row0 + group * 64, warp_row = group_row + threadIdx.x % 128 / 32 * 16;
+        f32 log2_sum[2] = {}, mean[2] = {}, dq[HS / 8][4] = {}, prob[8][4], ds[8][4];
+        u32 d[4][4];
+        const i64 stat = ((i64)w.batch * NH + w.head) * T + warp_row + lane / 4;
+        UNROLL for (int h = 0; h < 2; h++)                                 // lse in units of log 2, and delta
+            if (warp_row + lane / 4 + 8 * h < T) log2_sum[h] = lse[stat + 8 * h] * LOG2E, mean[h] = delta[stat + 8 * h];
+        shared.rows.wait_full(r);
+        Cursor<Dq::STAGES> last;                                           // the tile whose sum may still be under way
+        for (i32 key0 = 0; key0 < min(w.row0 + ROWS, T); key0 += 64, c.next()) {
+            shared.pipe.wait_full(c);
+            if (key0 <= group_row) {
+                begin();
+                scores<ROWS * SLAB_ROW>(prob, queries, shared.keys[c.stage]);
+                commit();
+                scores<ROWS * SLAB_ROW>(ds, dout_rows, shared.values[c.stage]);
+                commit();
+                finish<2>();
+                if (key0 > 0) shared.pipe.release(last);
+                last = c;
+                finish<1>(prob);
+                mask_later_keys<64, false>(prob, key0 - warp_row);
+                UNROLL for (int e = 0; e < 32; e++) {
+                    f32& x = prob[e / 4][e % 4];
+                    x = exp2_approx(fmaf(x, scale * LOG2E, -log2_sum[e % 4 / 2]));
+                }
+                finish<0>(ds);
+                UNROLL for (int e = 0; e < 32; e++)
+                    ds[e / 4][e % 4] = prob[e / 4][e % 4] * (ds[e / 4][e % 4] - mean[e % 4 / 2]);
+                to_bf16<64>(d, ds);
+                begin();
+                accumulate<64>(dq, d, shared.keys[c.stage]);
+                commit();
+            } else {                                                       // all keys are later than the group's queries
+                shared.pipe.release(c);
+            }
+        }
+        finish<0>(dq);
+        shared.pipe.release(last);
+        shared.rows.release(r);
+        store_rows<QKV>(dqkv + ((i64)w.batch * T + warp_row) * QKV + w.head * HS, dq, T - warp_row, scale, scale);
+    }
+}
