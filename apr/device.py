@@ -45,11 +45,11 @@ class Device:
         self.fast = fast_paths(self.cache.arch, paths.environment().get("APR_GENERAL", ""))
 
     def launch(self, spec: KernelSpec, baked: Baked, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
-               shared: int = 0, programmatic: bool = False) -> None:
+               shared: int = 0, programmatic: bool = False, cluster: tuple[int, int, int] | None = None) -> None:
         """Launch a kernel on the stream; see Kernel.launch."""
         self.use()
         kernel = self.cache.get(spec, baked)
-        kernel.launch(self.stream.ptr, grid, block, args, shared, programmatic)
+        kernel.launch(self.stream.ptr, grid, block, args, shared, programmatic, cluster)
         self.launched(kernel.key)
 
     def use(self) -> None:

@@ -87,10 +87,11 @@ class Kernel:
         self.checks = [_argument(arg, floatx) for arg in spec.args]
 
     def launch(self, stream: int, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
-               shared: int = 0, programmatic: bool = False) -> None:
+               shared: int = 0, programmatic: bool = False, cluster: tuple[int, int, int] | None = None) -> None:
         """Launch on `stream` (a handle). grid and block of 1 to 3 numbers; shared: bytes of dynamic shared memory.
 
-        `programmatic`: it may start before its predecessor has ended, and itself waits (wait_for_previous).
+        `programmatic`: it may start before its predecessor has ended, and itself waits (wait_for_previous). `cluster`:
+        blocks of a cluster along x, y, z, where the kernel does not fix them.
 
         Raises LaunchError for an argument that does not fit its declaration or a launch that the driver refuses,
         DeviceFault for a device that has already failed.
@@ -102,7 +103,7 @@ class Kernel:
             driver.set_dynamic_shared(self.function, shared)
             self.shared = shared
         code = driver.launch(self.function, _three(self.key, grid), _three(self.key, block), shared, stream, values,
-                             programmatic=programmatic)
+                             cluster, programmatic)
         if code != 0:
             what = f"kernel {self.key}, grid {tuple(grid)}, block {tuple(block)}, {shared} bytes shared"
             name = driver.error_name(code)

@@ -40,11 +40,7 @@ template <int BYTES> DEVICE void copy(void* to, const void* p, bool inside) {
 // After this the block's copies have landed, and all its threads are done with what they read before.
 DEVICE void copy_barrier() { asm volatile("cp.async.wait_all;" ::: "memory"); __syncthreads(); }
 
-// Four 8x8 matrices, each transposed or not; lane l gives the address of row l%8 of matrix l/8.
-DEVICE void load_matrices(u32 (&r)[4], const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
-}
+// As load_matrices, each matrix transposed.
 DEVICE void load_transposed(u32 (&r)[4], const bf16* p) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");

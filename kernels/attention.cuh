@@ -27,6 +27,12 @@ DEVICE u32 pack(float low, float high) {
 }
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// Four 8x8 matrices, lane l gives the address of row l%8 of matrix l/8.
+DEVICE void load_matrices(u32 (&r)[4], const bf16* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+}
+
 // score = -inf where the key is later than the query. `ahead`: the first column of s less its first row.
 template <int N, bool KEY_ROWS> DEVICE void mask_later_keys(f32 (&s)[N / 8][4], i32 ahead) {
     if (KEY_ROWS ? ahead >= 15 : ahead <= 1 - N) return;                   // away from the diagonal

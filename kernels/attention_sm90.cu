@@ -10,72 +10,25 @@
 // LAUNCH    W = 3 warpgroups of 64 rows for HS 64, 2 for HS 128, and one that copies:
 //           forward  grid (min(SMs, ceil(T/64W)*NH*B))  block (128W + 128)   64W queries at a time, 64 per warpgroup
 //           dq       grid (min(SMs, ceil(T/64W)*NH*B))  block (128W + 128)   the same
-//           dkv      grid (ceil(T/128), NKV, B)         block (384)          128 keys, 64 per warpgroup
+//           dkv      grid (ceil(T/128), NKV*S, B)       block (384)          128 keys, 64 per warpgroup
+//                    clusters of (1, S, 1): S = 1, or up to 8 blocks that share the G query heads of a key head
 //           dynamic shared bytes: Forward::BYTES, Dq::BYTES, Dkv::BYTES below, as apr/ops/attention.py counts them
 // MEMORY    bytes as in attention.cu; tiles are streamed mostly from L2: forward 1 byte per 192 FLOP (HS 128: 128)
 // FLOPS     as in attention.cu
 // NUMERICS  as in attention.cu: f32 sums in fixed order, ex2.approx, prob and dscore rounded to bf16
 // CONTRACT  contracts/attention-v1.yaml      REFERENCE  apr/reference/attention.py
-#include "attention.cuh"
-#include "hopper.cuh"
-static_assert(HS == 64 || HS == 128, "HS");
-constexpr int SLABS = HS / SLAB, PANEL = 64 * SLAB;        // slabs of a head; elements of 64 rows of one
+#include "attention_sm90.cuh"
 constexpr int CONSUMERS = HS == 64 ? 3 : 2, ROWS = 64 * CONSUMERS, BLOCK = 128 * CONSUMERS + 128, DKV_BLOCK = 384;
 constexpr int TAKE = HS == 64 ? 160 : 240, GIVE = HS == 64 ? 32 : 24, DKV_TAKE = 240, DKV_GIVE = 24;
 constexpr int KEYS = 128, DKV_KEYS = 128;                  // of a forward stage; of a dkv block
-extern __shared__ u64 dynamic[];
 
-// A pipeline's place: which stage, and the phase of its barriers.
-template <int STAGES> struct Cursor {
-    int stage = 0;
-    u32 phase = 0;
-    DEVICE void next() { if (++stage == STAGES) stage = 0, phase ^= 1; }
-};
-
-// STAGES tiles come and go: `full` when one has come, `empty` when every consumer warp is done with it.
-template <int STAGES> struct Pipe {
-    u64 full[STAGES], empty[STAGES];
-    DEVICE void init(u32 arrivals, int consumers) {
-        UNROLL for (int i = 0; i < STAGES; i++) barrier_init(full + i, arrivals), barrier_init(empty + i, 4 * consumers);
-    }
-    DEVICE void wait_full(const Cursor<STAGES>& c) { barrier_wait(full + c.stage, c.phase); }
-    DEVICE void wait_empty(const Cursor<STAGES>& c) { barrier_wait(empty + c.stage, c.phase ^ 1); }
-    DEVICE void release(const Cursor<STAGES>& c) { if (threadIdx.x % 32 == 0) barrier_arrive(empty + c.stage); }
-};
-
-template <int N> struct Tile { bf16 panel[SLABS][N / 64][PANEL]; };     // N rows of a head
-// N rows from row0 on of the head that begins at `column` of a map
-template <int N> DEVICE void copy_tile(Tile<N>& to, const TensorMap& map, u64* full, i32 column, i32 row0, i32 batch) {
-    UNROLL for (int i = 0; i < SLABS * (N / 64); i++)
-        copy_box(to.panel[i % SLABS][i / SLABS], map, full, column + i % SLABS * SLAB, row0 + i / SLABS * 64, batch);
-}
-template <int N> constexpr u32 tile_bytes = N * HS * 2;
-
-// s (64, N) = rows . tile^T over HS; `rows` describes the warpgroup's 64 rows of a tile whose slabs are ROW_SLAB bytes
-template <int ROW_SLAB, int N> DEVICE void scores(f32 (&s)[N / 8][4], u64 rows, const Tile<N>& tile) {
-    const u64 b = describe(&tile, N * SLAB_ROW);
-    UNROLL for (int k = 0; k < HS / 16; k++)
-        by_row(s, at_bytes(rows, k / 4 * ROW_SLAB + k % 4 * 32), at_bytes(b, k / 4 * (N * SLAB_ROW) + k % 4 * 32), k > 0);
-}
-// acc (64, HS) += p (64, N) . tile
-template <int N> DEVICE void accumulate(f32 (&acc)[HS / 8][4], const u32 (&p)[N / 16][4], const Tile<N>& tile) {
-    const u64 b = describe(&tile, N * SLAB_ROW);
-    UNROLL for (int k = 0; k < N / 16; k++) by_column(acc, p[k], at_bytes(b, k * 16 * SLAB_ROW));
-}
-// Results lie as a left operand wants them.
-template <int N> DEVICE void to_bf16(u32 (&p)[N / 16][4], const f32 (&s)[N / 8][4]) {
-    UNROLL for (int i = 0; i < N / 4; i++) p[i / 4][i % 4] = pack(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
-}
-
-// The first address of dynamic shared memory that swizzled tiles may start at.
-template <class Layout> DEVICE Layout& shared_layout() {
-    return *(Layout*)(((u64)dynamic + 1023) & ~1023ull);
-}
-
-// Work number i of forward and dq: the last queries, which see the most keys, come first.
+// What a block of forward and dq does in its turn: the last queries, which see the most keys, come first, and every
+// other turn goes through the blocks backwards, so that each gets about as much. False: nothing is left.
 struct Work { i32 row0, head, batch; };
-DEVICE Work work(i32 i, i32 tiles, i32 B) {
-    return {(tiles - 1 - i / (NH * B)) * ROWS, i % (NH * B) % NH, i % (NH * B) / NH};
+DEVICE bool take_work(Work& w, i32 turn, i32 tiles, i32 B) {
+    const i32 i = turn * (i32)gridDim.x + (i32)(turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x), heads = NH * B;
+    w = {(tiles - 1 - i / heads) * ROWS, i % heads % NH, i % heads / NH};
+    return i < tiles * heads;
 }
 
 struct Forward {
@@ -95,14 +48,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
     }
     __syncthreads();
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
-    const i32 tiles = (T + ROWS - 1) / ROWS, count = tiles * NH * B;
+    const i32 tiles = (T + ROWS - 1) / ROWS;
+    Work w;
     Cursor<1> q;
     Cursor<Forward::STAGES> k, v;
     if (group == CONSUMERS) {
         give_registers<GIVE>();
         if (threadIdx.x % 128 != 0) return;
-        for (i32 i = blockIdx.x; i < count; i += gridDim.x, q.next()) {
-            const Work w = work(i, tiles, B);
+        for (i32 turn = 0; take_work(w, turn, tiles, B); turn++, q.next()) {
             const i32 key_column = (NH + w.head / G) * HS;
             shared.q.wait_empty(q);
             barrier_expect(shared.q.full, tile_bytes<ROWS>);
@@ -119,9 +72,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
         return;
     }
     take_registers<TAKE>();
-    const u64 rows = describe(shared.queries.panel[0][group], ROWS * SLAB_ROW);
-    for (i32 i = blockIdx.x; i < count; i += gridDim.x, q.next()) {
-        const Work w = work(i, tiles, B);
+    if (group == CONSUMERS - 1) pass_turn<CONSUMERS>(group);
+    for (i32 turn = 0; take_work(w, turn, tiles, B); turn++, q.next()) {
         const i32 group_row = w.row0 + group * 64, warp_row = group_row + threadIdx.x % 128 / 32 * 16;
         i32 key0 = (min(w.row0 + ROWS, T) - 1) / KEYS * KEYS;
         f32 acc[HS / 8][4] = {}, s[KEYS / 8][4], top[2] = {MINUS_INF, MINUS_INF}, total[2] = {}, shrink[2];
@@ -143,14 +95,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
             }
         };
         shared.q.wait_full(q);
-        for (; key0 > group_row + 63; key0 -= KEYS, k.next(), v.next()) {  // all keys are later than the group's queries
+        // Tiles that are later than all of the group's queries; all tiles where its rows are from T on.
+        for (; key0 >= 0 && (key0 > group_row + 63 || group_row >= T); key0 -= KEYS, k.next(), v.next()) {
+            take_turn(group), pass_turn<CONSUMERS>(group);
             shared.k.wait_full(k), shared.k.release(k);
             shared.v.wait_full(v), shared.v.release(v);
         }
+        if (group_row >= T) {
+            shared.q.release(q);
+            continue;
+        }
         shared.k.wait_full(k);
+        take_turn(group);
         begin();
-        scores<ROWS * SLAB_ROW>(s, rows, shared.keys[k.stage]);
+        scores(s, shared.queries, group, shared.keys[k.stage]);
         commit();
+        pass_turn<CONSUMERS>(group);
         finish<0>(s);
         shared.k.release(k);
         k.next();
@@ -158,13 +118,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
         softmax();
         to_bf16<KEYS>(p, s);
         for (key0 -= KEYS; key0 >= 0; key0 -= KEYS) {                      // scores of a tile beside values of the last
-            shared.k.wait_full(k);
+            shared.k.wait_full(k), shared.v.wait_full(v);
+            take_turn(group);
             begin();
-            scores<ROWS * SLAB_ROW>(s, rows, shared.keys[k.stage]);
+            scores(s, shared.queries, group, shared.keys[k.stage]);
             commit();
-            shared.v.wait_full(v);
             accumulate<KEYS>(acc, p, shared.values[v.stage]);
             commit();
+            pass_turn<CONSUMERS>(group);
             finish<1>(s);
             shared.k.release(k);
             k.next();
@@ -194,6 +155,32 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
     }
 }
 
+// dk and dv of a cluster's blocks are added in the order of the blocks, each block adding its part of the keys. `sums`:
+// shared memory for 2 * DKV_KEYS rows of HS floats; `first`: the warp's first key; `count` keys exist from `to` on.
+DEVICE void add_shares(bf16* to, f32* sums, const f32 (&dk)[HS / 8][4], const f32 (&dv)[HS / 8][4], int first, i32 count,
+                       f32 scale) {
+    asm volatile("bar.sync 1, 256;" ::: "memory");                         // both warpgroups are done with the tiles there
+    f32* own = sums + (first + threadIdx.x % 32 / 4) * HS + threadIdx.x % 4 * 2;
+    UNROLL for (int i = 0; i < HS / 4; i++) {
+        Vec<f32, 2>*k = (Vec<f32, 2>*)(own + i % 2 * 8 * HS + i / 2 * 8), *v = k + DKV_KEYS * HS / 2;
+        k->set(0, dk[i / 2][i % 2 * 2]), k->set(1, dk[i / 2][i % 2 * 2 + 1]);
+        v->set(0, dv[i / 2][i % 2 * 2]), v->set(1, dv[i / 2][i % 2 * 2 + 1]);
+    }
+    cluster_barrier();
+    const int shares = (int)cluster_blocks(), share = blockIdx.y % shares;
+    for (int i = share * 256 + threadIdx.x; i < 2 * DKV_KEYS * HS / 2; i += shares * 256) {
+        const int row = i * 2 / HS % DKV_KEYS, column = i * 2 % HS, part = i * 2 / HS / DKV_KEYS;
+        f32 a = 0.0f, b = 0.0f;
+        for (int s = 0; s < shares; s++) {
+            const Vec<f32, 2> x = load_of_block(sums + i * 2, s);
+            a += x[0], b += x[1];
+        }
+        const f32 factor = part == 0 ? scale : 1.0f;
+        if (row < count) *(u32*)(to + (i64)row * QKV + part * NKV * HS + column) = pack(a * factor, b * factor);
+    }
+    cluster_barrier();                                                     // no block ends while another reads from it
+}
+
 struct Dkv {
     static constexpr int STAGES = HS == 64 ? 4 : 2;
     Tile<DKV_KEYS> keys, values;
@@ -213,7 +200,8 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
         barriers_visible();
     }
     __syncthreads();
-    const Place at = place();
+    const i32 shares = (i32)cluster_blocks(), share = blockIdx.y % shares;
+    const Place at = shares == 1 ? place() : Place{(i32)blockIdx.x, (i32)blockIdx.y / shares, (i32)blockIdx.z};
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
     const i32 key0 = at.rank * DKV_KEYS, key_column = (NH + at.head) * HS; // the first keys have the most queries
     Cursor<Dkv::STAGES> c;
@@ -225,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
             copy_tile(shared.keys, tokens, &shared.loaded, key_column, key0, at.batch);
             copy_tile(shared.values, tokens, &shared.loaded, key_column + NKV * HS, key0, at.batch);
         }
-        for (i32 head = at.head * G; head < (at.head + 1) * G; head++)     // each query head, from the diagonal on
+        for (i32 head = at.head * G + share; head < (at.head + 1) * G; head += shares)     // each query head, from the diagonal on
             for (i32 row0 = key0; row0 < T; row0 += 64, c.next()) {
                 u64* full = shared.pipe.full + c.stage;
                 shared.pipe.wait_empty(c);
@@ -245,14 +233,12 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
     }
     take_registers<DKV_TAKE>();
     const i32 group_key = key0 + group * 64, warp_key = group_key + threadIdx.x % 128 / 32 * 16;
-    const u64 keys = describe(shared.keys.panel[0][group], DKV_KEYS * SLAB_ROW);
-    const u64 values = describe(shared.values.panel[0][group], DKV_KEYS * SLAB_ROW);
     f32 dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, prob[8][4], ds[8][4];
     u32 p[4][4], d[4][4];
     Cursor<Dkv::STAGES> last;                                              // the tile whose sums may still be under way
     bool pending = false;
     barrier_wait(&shared.loaded, 0);
-    for (int head = 0; head < G; head++)
+    for (int head = share; head < G; head += shares)
         for (i32 row0 = key0; row0 < T; row0 += 64, c.next()) {
             shared.pipe.wait_full(c);
             if (row0 + 63 < group_key) {                                   // all queries are before the group's keys
@@ -264,9 +250,9 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
                 const auto* sum = (const Vec<f32, 2>*)shared.sums[c.stage] + lane % 4;
                 const auto* mean = (const Vec<f32, 2>*)shared.means[c.stage] + lane % 4;
                 begin();
-                scores<DKV_KEYS * SLAB_ROW>(prob, keys, shared.queries[c.stage]);
+                scores(prob, shared.keys, group, shared.queries[c.stage]);
                 commit();
-                scores<DKV_KEYS * SLAB_ROW>(ds, values, shared.douts[c.stage]);
+                scores(ds, shared.values, group, shared.douts[c.stage]);
                 commit();
                 finish<2>();
                 if (pending) shared.pipe.release(last);
@@ -292,13 +278,18 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_dkv(
         }
     finish<0>(dv);
     finish<0>(dk);
-    bf16* to = dqkv + ((i64)at.batch * T + warp_key) * QKV + key_column;
+    bf16* to = dqkv + ((i64)at.batch * T + key0) * QKV + key_column;
+    if (shares > 1) {
+        add_shares(to, (f32*)&shared, dk, dv, warp_key - key0, T - key0, scale);
+        return;
+    }
+    to += (warp_key - key0) * QKV;
     store_rows<QKV>(to, dk, T - warp_key, scale, scale);
     store_rows<QKV>(to + NKV * HS, dv, T - warp_key, 1.0f, 1.0f);
 }
 
 struct Dq {
-    static constexpr int STAGES = HS == 64 ? 4 : 2;
+    static constexpr int STAGES = HS == 64 ? 4 : 3;
     Tile<ROWS> queries, douts;
     Tile<64> keys[STAGES], values[STAGES];
     Pipe<1> rows;
@@ -315,14 +306,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_dq(
     }
     __syncthreads();
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
-    const i32 tiles = (T + ROWS - 1) / ROWS, count = tiles * NH * B;
+    const i32 tiles = (T + ROWS - 1) / ROWS;
+    Work w;
     Cursor<1> r;
     Cursor<Dq::STAGES> c;
     if (group == CONSUMERS) {
         give_registers<GIVE>();
         if (threadIdx.x % 128 != 0) return;
-        for (i32 i = blockIdx.x; i < count; i += gridDim.x, r.next()) {
-            const Work w = work(i, tiles, B);
+        for (i32 turn = 0; take_work(w, turn, tiles, B); turn++, r.next()) {
             const i32 key_column = (NH + w.head / G) * HS;
             shared.rows.wait_empty(r);
             barrier_expect(shared.rows.full, 2 * tile_bytes<ROWS>);
@@ -338,10 +329,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_dq(
         return;
     }
     take_registers<TAKE>();
-    const u64 queries = describe(shared.queries.panel[0][group], ROWS * SLAB_ROW);
-    const u64 dout_rows = describe(shared.douts.panel[0][group], ROWS * SLAB_ROW);
-    for (i32 i = blockIdx.x; i < count; i += gridDim.x, r.next()) {
-        const Work w = work(i, tiles, B);
+    for (i32 turn = 0; take_work(w, turn, tiles, B); turn++, r.next()) {
         const i32 group_row = w.row0 + group * 64, warp_row = group_row + threadIdx.x % 128 / 32 * 16;
         f32 log2_sum[2] = {}, mean[2] = {}, dq[HS / 8][4] = {}, prob[8][4], ds[8][4];
         u32 d[4][4];
@@ -352,11 +340,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_dq(
         Cursor<Dq::STAGES> last;                                           // the tile whose sum may still be under way
         for (i32 key0 = 0; key0 < min(w.row0 + ROWS, T); key0 += 64, c.next()) {
             shared.pipe.wait_full(c);
-            if (key0 <= group_row) {
+            if (key0 <= group_row && group_row < T) {
                 begin();
-                scores<ROWS * SLAB_ROW>(prob, queries, shared.keys[c.stage]);
+                scores(prob, shared.queries, group, shared.keys[c.stage]);
                 commit();
-                scores<ROWS * SLAB_ROW>(ds, dout_rows, shared.values[c.stage]);
+                scores(ds, shared.douts, group, shared.values[c.stage]);
                 commit();
                 finish<2>();
                 if (key0 > 0) shared.pipe.release(last);
@@ -374,12 +362,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_dq(
                 begin();
                 accumulate<64>(dq, d, shared.keys[c.stage]);
                 commit();
-            } else {                                                       // all keys are later than the group's queries
+            } else {                                                       // all keys are later, or the rows from T on
                 shared.pipe.release(c);
             }
         }
         finish<0>(dq);
-        shared.pipe.release(last);
+        if (group_row < T) shared.pipe.release(last);
         shared.rows.release(r);
         store_rows<QKV>(dqkv + ((i64)w.batch * T + warp_row) * QKV + w.head * HS, dq, T - warp_row, scale, scale);
     }

@@ -53,6 +53,23 @@ __device__ __forceinline__ void copy_float(float* to, const float* from, bool in
                  : "memory");
 }
 
+// Clusters: how many blocks along y; all their threads wait for each other; two floats of another block's shared memory.
+__device__ __forceinline__ u32 cluster_blocks() {
+    u32 n;
+    asm("mov.u32 %0, %%cluster_nctaid.y;" : "=r"(n));
+    return n;
+}
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ Vec<float, 2> load_of_block(const float* own, u32 block) {
+    u32 address;
+    Vec<float, 2> x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address_of(own)), "r"(block));
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.lane[0]), "=f"(x.lane[1]) : "r"(address) : "memory");
+    return x;
+}
+
 // The registers of a thread, from here on: the warps of a block share them out among roles.
 template <int COUNT> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -93,7 +110,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void finish(float (&d)[N
 #define OUT_64(d) SUMS_32(d, 0)
 #define OUT_128(d) SUMS_32(d, 0), SUMS_32(d, 8)
 
-// d (64, N) = or += a (64, 16) . b (N, 16)^T, both in shared memory; element e of lane l of d[n] as in attention.cuh
+// d (64, N) = or += a (64, 16) . b (N, 16)^T, b in shared memory and a there or in registers, as mma.sync's left operand
 #define BY_ROW(N, A, B, ADD)                                                                                         \
     __device__ __forceinline__ void by_row(float (&d)[N / 8][4], u64 a, u64 b, int add) {                            \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N           \
@@ -103,14 +120,16 @@ template <int GROUPS, int N> __device__ __forceinline__ void finish(float (&d)[N
 BY_ROW(64, "%32", "%33", "%34")
 BY_ROW(128, "%64", "%65", "%66")
 
-// d (64, N) += a (64, 16) . b (16, N): a in registers as mma.sync's left operand, b in shared memory
-#define BY_COLUMN(N, A, B)                                                                                           \
-    __device__ __forceinline__ void by_column(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {                      \
-        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                 \
-                     "k16.f32.bf16.bf16 " SUMS_##N ", {" A "}, " B ", add, 1, 1, 1;\n}"                               \
-                     : OUT_##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
+#define FROM_REGISTERS(NAME, N, A, B, ADD, TRANSPOSED)                                                               \
+    __device__ __forceinline__ void NAME(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int add) {                  \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N           \
+                     "k16.f32.bf16.bf16 " SUMS_##N ", {" A "}, " B ", add, 1, 1, " TRANSPOSED ";\n}"                  \
+                     : OUT_##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                   \
     }
-BY_COLUMN(64, "%32, %33, %34, %35", "%36")
-BY_COLUMN(128, "%64, %65, %66, %67", "%68")
+FROM_REGISTERS(by_row, 64, "%32, %33, %34, %35", "%36", "%37", "0")
+FROM_REGISTERS(by_row, 128, "%64, %65, %66, %67", "%68", "%69", "0")
+// d (64, N) += a (64, 16) . b (16, N)
+FROM_REGISTERS(by_column, 64, "%32, %33, %34, %35", "%36", "%37", "1")
+FROM_REGISTERS(by_column, 128, "%64, %65, %66, %67", "%68", "%69", "1")
 
 #endif

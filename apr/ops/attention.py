@@ -21,6 +21,7 @@ BF16_HEADS, SM90_HEADS = (32, 64, 80, 96, 128), (64, 128)
 LARGEST_HEAD = 128
 DELTA_ROWS = 16
 BOX = 64  # rows and columns of a box of attention_sm90.cu's tensor maps
+LARGEST_CLUSTER = 8  # blocks, on every GPU that has clusters
 SM90_ROWS, SM90_KEYS = {64: 192, 128: 128}, 128  # queries of a block of forward and dq; keys of a block of dkv
 
 
@@ -115,8 +116,10 @@ def attention_backward(dev: Device, dqkv: Any, delta: Any, dout: Any, qkv: Any, 
     if fast(c, storage, dev.fast):
         _, dkv_shared, dq_shared = sm90_shared(c.HS)
         maps = (dqkv, _map(qkv, B, T), _map(dout, B, T), lse, delta)
-        dev.launch(SM90_DKV, baked, (blocks(T, SM90_KEYS), c.NKV, B), (384,), (*maps, np.int32(T), np.float32(scale)),
-                   dkv_shared)
+        key_blocks = blocks(T, SM90_KEYS)
+        shares = c.G if c.G <= LARGEST_CLUSTER and key_blocks * c.NKV * B < dev.sm_count else 1
+        dev.launch(SM90_DKV, baked, (key_blocks, c.NKV * shares, B), (384,), (*maps, np.int32(T), np.float32(scale)),
+                   dkv_shared, cluster=(1, shares, 1))
         dev.launch(SM90_DQ, baked, *_by_rows(dev, B, T, c), (*maps, np.int32(B), np.int32(T), np.float32(scale)),
                    dq_shared)
         return
@@ -128,10 +131,10 @@ def attention_backward(dev: Device, dqkv: Any, delta: Any, dout: Any, qkv: Any, 
 
 def sm90_shared(HS: int) -> tuple[int, int, int]:
     """Dynamic shared bytes of attention_sm90.cu's forward, dkv and dq: the structures there, and room to align them."""
-    row, rows, stages = 2 * HS, SM90_ROWS[HS], 4 if HS == 64 else 2
+    row, rows, dkv, dq = 2 * HS, SM90_ROWS[HS], 4 if HS == 64 else 2, 4 if HS == 64 else 3
     return (row * (rows + 4 * SM90_KEYS) + 80 + 1024,
-            row * (2 * SM90_KEYS + 2 * stages * BOX) + stages * (8 * BOX + 16) + 8 + 1024,
-            row * (2 * rows + 2 * stages * BOX) + 16 * stages + 16 + 1024)
+            row * (2 * SM90_KEYS + 2 * dkv * BOX) + dkv * (8 * BOX + 16) + 8 + 1024,
+            row * (2 * rows + 2 * dq * BOX) + 16 * dq + 16 + 1024)
 
 
 def _by_rows(dev: Device, B: int, T: int, c: TransformerConfig) -> tuple[Sequence[int], Sequence[int]]:
