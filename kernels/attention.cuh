@@ -1,7 +1,7 @@
 // attention.cuh - what the attention kernels of bf16 share: sizes, the order of work, the mask, how rows are stored.
 //
-// A warp's 16 rows of N columns lie in registers as mma.sync and wgmma leave them: element e of lane l of x[n] is in row
-// l/4 + e/2*8 and column n*8 + l%4*2 + e%2.
+// A warp's 16 rows of N columns lie in registers as mma.sync and wgmma leave them: element e of lane l of x[n] is in
+// row l/4 + e/2*8 and column n*8 + l%4*2 + e%2.
 #ifndef APR_ATTENTION_CUH
 #define APR_ATTENTION_CUH
 #include "common.cuh"
@@ -11,7 +11,7 @@
 constexpr int HS = K_HS, NH = K_NH, NKV = K_NKV, G = NH / NKV, QKV = (NH + 2 * NKV) * HS, OUT = NH * HS;
 constexpr float LOG2E = 1.4426950408889634f;     // exp(x) = exp2(x * LOG2E)
 static_assert(same_type<floatX, bf16>::value, "FLOATX is bf16 here; attention_f32.cu is for f32");
-static_assert(NH % NKV == 0, "NH, NKV");
+static_assert(NH % NKV == 0 && QKV > OUT, "NH, NKV");
 
 // A block's work. Blocks start in linear order, so the longest (rank 0) of all heads and batches come first.
 struct Place { i32 rank, head, batch; };

@@ -5,6 +5,8 @@
 #include "hopper.cuh"
 static_assert(HS == 64 || HS == 128, "HS");
 constexpr int SLABS = HS / SLAB, PANEL = 64 * SLAB;        // slabs of a head; elements of 64 rows of one
+constexpr int CONSUMERS = HS == 64 ? 3 : 2, ROWS = 64 * CONSUMERS, BLOCK = 128 * CONSUMERS + 128;  // forward, dq
+constexpr int TAKE = HS == 64 ? 160 : 240, GIVE = HS == 64 ? 32 : 24;     // registers of a thread that computes, copies
 extern __shared__ u64 dynamic[];
 
 // A pipeline's place: which stage, and the phase of its barriers.
@@ -18,7 +20,8 @@ template <int STAGES> struct Cursor {
 template <int STAGES> struct Pipe {
     u64 full[STAGES], empty[STAGES];
     DEVICE void init(u32 arrivals, int consumers) {
-        UNROLL for (int i = 0; i < STAGES; i++) barrier_init(full + i, arrivals), barrier_init(empty + i, 4 * consumers);
+        UNROLL for (int i = 0; i < STAGES; i++)
+            barrier_init(full + i, arrivals), barrier_init(empty + i, 4 * consumers);
     }
     DEVICE void wait_full(const Cursor<STAGES>& c) { barrier_wait(full + c.stage, c.phase); }
     DEVICE void wait_empty(const Cursor<STAGES>& c) { barrier_wait(empty + c.stage, c.phase ^ 1); }
@@ -37,12 +40,13 @@ template <int N> constexpr u32 tile_bytes = N * HS * 2;
 template <int M, int N> DEVICE void scores(f32 (&s)[N / 8][4], const Tile<M>& rows, int group, const Tile<N>& tile) {
     const u64 a = describe(rows.panel[0][group], M * SLAB_ROW), b = describe(&tile, N * SLAB_ROW);
     UNROLL for (int k = 0; k < HS / 16; k++)
-        by_row(s, at_bytes(a, k / 4 * (M * SLAB_ROW) + k % 4 * 32), at_bytes(b, k / 4 * (N * SLAB_ROW) + k % 4 * 32), k > 0);
+        by_row(s, at_bytes(a, k / 4 * (M * SLAB_ROW) + k % 4 * 32),
+               at_bytes(b, k / 4 * (N * SLAB_ROW) + k % 4 * 32), k > 0);
 }
 // acc (64, HS) += p (64, N) . tile
 template <int N> DEVICE void accumulate(f32 (&acc)[HS / 8][4], const u32 (&p)[N / 16][4], const Tile<N>& tile) {
     const u64 b = describe(&tile, N * SLAB_ROW);
-    UNROLL for (int k = 0; k < N / 16; k++) by_column(acc, p[k], at_bytes(b, k * 16 * SLAB_ROW), 1);
+    UNROLL for (int k = 0; k < N / 16; k++) by_column(acc, p[k], at_bytes(b, k * 16 * SLAB_ROW));
 }
 // Results lie as a left operand wants them.
 template <int N> DEVICE void to_bf16(u32 (&p)[N / 16][4], const f32 (&s)[N / 8][4]) {
@@ -58,6 +62,15 @@ template <class Layout> DEVICE Layout& shared_layout() {
 DEVICE void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory"); }
 template <int GROUPS> DEVICE void pass_turn(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(group + 1 == GROUPS ? 1 : 2 + group) : "memory");
+}
+
+// What a block of forward and dq does in its turn: the last queries, which see the most keys, come first, and every
+// other turn goes through the blocks backwards, so that each gets about as much. False: nothing is left.
+struct Work { i32 row0, head, batch; };
+DEVICE bool take_work(Work& w, i32 turn, i32 tiles, i32 B) {
+    const i32 i = turn * (i32)gridDim.x + (i32)(turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x), heads = NH * B;
+    w = {(tiles - 1 - i / heads) * ROWS, i % heads % NH, i % heads / NH};
+    return i < tiles * heads;
 }
 
 #endif

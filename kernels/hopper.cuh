@@ -1,13 +1,13 @@
 // hopper.cuh - sm_90a: wgmma (matrix products of a warpgroup), TMA (bulk copies of tiles), barriers in shared memory.
 //
-// A tile in shared memory is made of slabs of 64 columns of bf16, rows of 128 bytes one after the other, swizzled as TMA
-// leaves them (CU_TENSOR_MAP_SWIZZLE_128B); a slab starts at a multiple of 1024 bytes. Of one tile wgmma can read both
+// A tile in shared memory is made of slabs of 64 columns of bf16, rows of 128 bytes one after the other, swizzled as
+// TMA leaves them (CU_TENSOR_MAP_SWIZZLE_128B); a slab starts at a multiple of 1024 bytes. Of one tile wgmma can read both
 //     rows of the right factor transposed (`by_row`:  d += a . tile^T, its columns are summed over), and
 //     the right factor itself             (`by_column`: d += a . tile, its rows are summed over).
 // SOURCE    PTX ISA 8.3, "Asynchronous Warpgroup Level Matrix Instructions", "Tensor Map", "mbarrier"
 //
-// wgmma is asynchronous: begin() before the first of a group, commit() after the last, and finish<N>(d) before d or what
-// was multiplied is touched; N groups may go on. Every warp of the warpgroup waits for itself.
+// wgmma is asynchronous: begin() before the first of a group, commit() after the last, and finish<N>(d) before d or
+// what was multiplied is touched; N groups may go on. Every warp of the warpgroup waits for itself.
 #ifndef APR_HOPPER_CUH
 #define APR_HOPPER_CUH
 #include "common.cuh"
@@ -22,7 +22,9 @@ __device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(count) : "memory");
 }
 // After barrier_init and before __syncthreads: the copy engine sees the barriers too.
-__device__ __forceinline__ void barriers_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barriers_visible() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
 }
@@ -66,7 +68,8 @@ __device__ __forceinline__ Vec<float, 2> load_of_block(const float* own, u32 blo
     u32 address;
     Vec<float, 2> x;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address_of(own)), "r"(block));
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.lane[0]), "=f"(x.lane[1]) : "r"(address) : "memory");
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.lane[0]), "=f"(x.lane[1]) : "r"(address)
+                 : "memory");
     return x;
 }
 
@@ -110,7 +113,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void finish(float (&d)[N
 #define OUT_64(d) SUMS_32(d, 0)
 #define OUT_128(d) SUMS_32(d, 0), SUMS_32(d, 8)
 
-// d (64, N) = or += a (64, 16) . b (N, 16)^T, b in shared memory and a there or in registers, as mma.sync's left operand
+// d (64, N) = or += a (64, 16) . b (N, 16)^T, both in shared memory
 #define BY_ROW(N, A, B, ADD)                                                                                         \
     __device__ __forceinline__ void by_row(float (&d)[N / 8][4], u64 a, u64 b, int add) {                            \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N           \
@@ -120,16 +123,14 @@ template <int GROUPS, int N> __device__ __forceinline__ void finish(float (&d)[N
 BY_ROW(64, "%32", "%33", "%34")
 BY_ROW(128, "%64", "%65", "%66")
 
-#define FROM_REGISTERS(NAME, N, A, B, ADD, TRANSPOSED)                                                               \
-    __device__ __forceinline__ void NAME(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int add) {                  \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N           \
-                     "k16.f32.bf16.bf16 " SUMS_##N ", {" A "}, " B ", add, 1, 1, " TRANSPOSED ";\n}"                  \
-                     : OUT_##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                   \
+// d (64, N) += a (64, 16) . b (16, N), a in registers as mma.sync's left operand, b in shared memory
+#define BY_COLUMN(N, A, B)                                                                                           \
+    __device__ __forceinline__ void by_column(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {                      \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                 \
+                     "k16.f32.bf16.bf16 " SUMS_##N ", {" A "}, " B ", add, 1, 1, 1;\n}"                               \
+                     : OUT_##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
     }
-FROM_REGISTERS(by_row, 64, "%32, %33, %34, %35", "%36", "%37", "0")
-FROM_REGISTERS(by_row, 128, "%64, %65, %66, %67", "%68", "%69", "0")
-// d (64, N) += a (64, 16) . b (16, N)
-FROM_REGISTERS(by_column, 64, "%32, %33, %34, %35", "%36", "%37", "1")
-FROM_REGISTERS(by_column, 128, "%64, %65, %66, %67", "%68", "%69", "1")
+BY_COLUMN(64, "%32, %33, %34, %35", "%36")
+BY_COLUMN(128, "%64, %65, %66, %67", "%68")
 
 #endif

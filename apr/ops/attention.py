@@ -1,7 +1,7 @@
-"""Causal grouped-query attention and its gradient, by the kernels of one of three sources:
+"""Causal grouped-query attention and its gradient, by the kernels of one of three families:
 
-    attention_sm90.cu   bf16 on Hopper, head size 64 or 128: the fast path     attention.cu   bf16, tensor cores
-    attention_f32.cu    float32
+    attention.cu   bf16, tensor cores      attention_f32.cu   float32
+    attention_sm90.cu, attention_sm90_backward.cu   bf16 on Hopper, head sizes 64 and 128: the fast path
 """
 
 from collections.abc import Sequence
@@ -60,8 +60,10 @@ FAMILIES = {"bf16": BF16, "f32": F32}
 _GRADIENT = ("dqkv:floatX*", "tokens:map", "douts:map", "lse:const f32*", "delta:const f32*")
 SM90_FORWARD = KernelSpec("attention_sm90.cu", "attention_sm90_forward", BAKED,
                           ("out:floatX*", "lse:f32*", "tokens:map", "B:i32", "T:i32", "scale:f32"))
-SM90_DKV = KernelSpec("attention_sm90.cu", "attention_sm90_dkv", BAKED, (*_GRADIENT, "T:i32", "scale:f32"))
-SM90_DQ = KernelSpec("attention_sm90.cu", "attention_sm90_dq", BAKED, (*_GRADIENT, "B:i32", "T:i32", "scale:f32"))
+SM90_DKV = KernelSpec("attention_sm90_backward.cu", "attention_sm90_backward_dkv", BAKED,
+                      (*_GRADIENT, "T:i32", "scale:f32"))
+SM90_DQ = KernelSpec("attention_sm90_backward.cu", "attention_sm90_backward_dq", BAKED,
+                     (*_GRADIENT, "B:i32", "T:i32", "scale:f32"))
 SM90 = (SM90_FORWARD, SM90_DKV, SM90_DQ)
 SPECS = (*BF16.specs, *F32.specs, *SM90)
 
