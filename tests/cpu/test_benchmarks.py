@@ -16,6 +16,7 @@ import pytest
 
 from apr import driver, kernel
 from apr.device import Device
+from apr.tools import timing
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -218,8 +219,8 @@ class FakeGemm:
 @pytest.fixture
 def bench(monkeypatch):
     """A Bench on a GPU that is not there."""
-    monkeypatch.setattr(harness, "Gemm", FakeGemm)
-    monkeypatch.setattr(harness, "BLOCK", 1 << 20)
+    monkeypatch.setattr(timing, "Gemm", FakeGemm)
+    monkeypatch.setattr(timing, "BLOCK", 1 << 20)
     return harness.Bench(FakeDevice(), quick=True)
 
 
