@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import HERE, Bench, append, results_file, versions
+from harness import HERE, Bench, append, plain, results_file, versions
 from peers import Peers, find_torch
 
 from apr.config import Sampling, TransformerConfig, encode
@@ -199,8 +199,7 @@ def load_times(name: str, b: Bench) -> dict[str, float]:
 
 def record(row: dict[str, Any], gpu: str, results: Path) -> None:
     """Append a row to the file of this GPU."""
-    plain = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-    append(results_file(results, gpu, "decode"), [plain], COLUMNS)
+    append(results_file(results, gpu, "decode"), [plain(row)], COLUMNS)
 
 
 def show(row: dict[str, Any]) -> None:

@@ -169,15 +169,27 @@ def release(b: Bench) -> None:
         b.peers.torch.cuda.empty_cache()
 
 
-def versions(b: Bench) -> dict[str, str]:
-    """When, what and on what."""
+def stamp(gpu: str) -> dict[str, str]:
+    """When, from which commit, and on what."""
     try:
         commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True,
                                 text=True, check=False).stdout.strip()
     except OSError:  # no git here
         commit = ""
-    return {"date": datetime.date.today().isoformat(), "commit": commit, "driver": driver.probe().driver_version,
-            "cupy": b.dev.cupy.__version__, "torch": b.peers.torch.__version__ if b.peers else ""}
+    return {"date": datetime.date.today().isoformat(), "commit": commit, "gpu": gpu,
+            "driver": driver.probe().driver_version}
+
+
+def versions(b: Bench) -> dict[str, str]:
+    """When, what and on what."""
+    found = stamp(b.dev.name)
+    del found["gpu"]  # the folder's name says it
+    return {**found, "cupy": b.dev.cupy.__version__, "torch": b.peers.torch.__version__ if b.peers else ""}
+
+
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its numbers as they are kept: five digits."""
+    return {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
 
 
 def run(ops: Mapping[str, Callable[[], Iterable[Case]]], about: str | None, argv: Sequence[str] | None = None) -> int:
