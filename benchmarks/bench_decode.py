@@ -27,28 +27,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from harness import BLOCK, HERE, Bench, append, ceilings, results_file, versions
+from harness import HERE, Bench, append, plain, results_file, versions
 from peers import Peers, find_torch
 
 from apr.config import Sampling, TransformerConfig, encode
 from apr.device import Device
-from apr.dtypes import BY_NAME
 from apr.errors import AprError, DeviceFault, one_line
 from apr.formats.export import export_safetensors
 from apr.formats.model_file import write_apr_model
 from apr.formats.open_model import open_model
-from apr.formats.source import ModelSource
 from apr.hf_config import to_hf
 from apr.infer.cuda_engine import CudaEngine
-from apr.params import layout, param_specs
 from apr.presets import preset
+from apr.tools.decode_speed import (
+    DRAWN,
+    STEPS,
+    first_seconds,
+    generate_seconds,
+    prompts_of,
+    random_model,
+    source_of,
+    step_bytes,
+    step_seconds,
+)
+from apr.tools.timing import ceilings
 
 COLUMNS = ("date", "commit", "driver", "cupy", "preset", "precision", "batch", "context", "sampling", "what", "ms",
            "tok_s", "roof_tok_s", "of_roof", "peer", "peer_tok_s", "ratio", "torch")
-STORED = {"bf16": "BF16", "fp32": "F32"}
-DRAWN = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
-SPREAD = 0.02  # deviation of the weights
-STEPS = 128  # decoded at a time
 
 
 class Plan(NamedTuple):
@@ -64,84 +69,6 @@ class Plan(NamedTuple):
 
 PLANS = (Plan("bf16", 1, (128, 2000), (512, 2048), drawn=True), Plan("bf16", 8, (128,), drawn=True),
          Plan("fp32", 1, (128,), (512,), peer=False))
-
-
-def random_model(config: TransformerConfig, precision: str) -> dict[str, np.ndarray]:
-    """Parameters by name: norms 1, the rest normal numbers of which a block is repeated, each from another start."""
-    kind = BY_NAME[STORED[precision]].numpy
-    block = (SPREAD * np.random.default_rng(1).standard_normal(BLOCK, np.float32)).astype(kind)
-    out = {}
-    for i, spec in enumerate(param_specs(config)):
-        out[spec.name] = (np.ones(spec.shape, kind) if spec.name.endswith("norm.weight")
-                          else np.resize(np.roll(block, 7919 * i), spec.shape))
-    return out
-
-
-def source_of(config: TransformerConfig, arrays: dict[str, np.ndarray], precision: str) -> ModelSource:
-    """The parameters as if they had been read."""
-    return ModelSource(Path("memory"), "memory", config, to_hf(config), {}, {n: a.shape for n, a in arrays.items()},
-                       dict.fromkeys(arrays, STORED[precision]), arrays.__getitem__, lambda: None)
-
-
-def step_bytes(c: TransformerConfig, itemsize: int, batch: int, context: int) -> int:
-    """What a step must read: every weight once (an untied embedding: a row per sequence), all keys and values."""
-    weights = layout(c).size - (0 if c.tie_word_embeddings else c.Vp * c.C)
-    return itemsize * (weights + 2 * c.L * c.NKV * c.HS * context * batch)
-
-
-def prompts_of(c: TransformerConfig, batch: int, length: int, seed: int = 2) -> list[list[int]]:
-    """Random tokens."""
-    rows: list[list[int]] = np.random.default_rng(seed).integers(0, c.V, (batch, length)).tolist()
-    return rows
-
-
-def step_seconds(engine: CudaEngine, prompts: list[list[int]], sampling: Sampling, steps: int, repeats: int) -> float:
-    """Seconds of a decoding step after `prompts`, on the GPU alone."""
-    list(engine.generate(prompts, sampling, 4))  # makes the graph
-    dev, length, times = engine.dev, len(prompts[0]), []
-    for slot, prompt in enumerate(prompts):
-        engine._prefill(slot, prompt[:-1])
-    for _ in range(repeats):
-        engine._state([p[-1] for p in prompts], [length - 1] * len(prompts), sampling, steps)
-        engine.decoder.start()
-        start, end = dev.cupy.cuda.Event(), dev.cupy.cuda.Event()
-        start.record(dev.stream)
-        for _ in range(steps):
-            engine._launch()
-        end.record(dev.stream)
-        dev.synchronize()
-        times.append(1e-3 * dev.cupy.cuda.get_elapsed_time(start, end) / steps)
-    return statistics.median(times)
-
-
-def generate_seconds(engine: CudaEngine, prompts: list[list[int]], sampling: Sampling, steps: int,
-                     repeats: int) -> float:
-    """Seconds between two tokens of a caller of generate."""
-    times = []
-    for _ in range(repeats):
-        tokens = engine.generate(prompts, sampling, steps)
-        next(tokens)
-        start = time.perf_counter()
-        count = sum(1 for _ in tokens)
-        times.append((time.perf_counter() - start) / count)
-    return statistics.median(times)
-
-
-def first_seconds(engine: CudaEngine, length: int, repeats: int) -> tuple[float, float]:
-    """Seconds from call to first token with a prompt of `length`, and of its prefill alone."""
-    first, alone, c = [], [], engine.config
-    for i in range(repeats + 2):  # the first two make views and load algorithms
-        (prompt,) = prompts_of(c, 1, length, seed=i)
-        start = time.perf_counter()
-        tokens = engine.generate([prompt], Sampling(c.V), 64)
-        next(tokens)
-        first.append(time.perf_counter() - start)
-        tokens.close()  # type: ignore[attr-defined]
-        start = time.perf_counter()
-        engine._prefill(0, prompt)
-        engine.dev.synchronize()
-        alone.append(time.perf_counter() - start)
-    return statistics.median(first[2:]), statistics.median(alone[2:])
 
 
 class TorchSide:
@@ -272,8 +199,7 @@ def load_times(name: str, b: Bench) -> dict[str, float]:
 
 def record(row: dict[str, Any], gpu: str, results: Path) -> None:
     """Append a row to the file of this GPU."""
-    plain = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-    append(results_file(results, gpu, "decode"), [plain], COLUMNS)
+    append(results_file(results, gpu, "decode"), [plain(row)], COLUMNS)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -298,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preset(args.preset)
         dev = Device(warn=lambda text: print(text, file=sys.stderr))
         torch: Peers | None = None if args.no_peer else find_torch(dev)
-        b = Bench(dev, torch, args.quick)
+        b = Bench(dev, args.quick, peers=torch)
         if args.load:
             return 0 if load_times(args.preset, b) else 1
         results = args.results or (None if args.quick else HERE / "results")

@@ -1,228 +1,219 @@
 """A whole training step on a GPU beside torch.compile: tokens per second, MFU, memory, milliseconds of each group.
 
-    python benchmarks/bench_step.py [--preset qwen2_0_5b --batch 8 --length 2048] [--mode default|reduce-overhead|eager]
-                                    [--rounds 5 --steps 5] [--no-peer] [--groups] [--first-step] [--results DIR]
+    python benchmarks/bench_step.py [--preset qwen2_0_5b --batch 8 --length 2048] [--rounds 5 --steps 5] [--results DIR]
+                                    [--mode best|default|reduce-overhead|eager] [--no-peer] [--no-groups]
+    python benchmarks/bench_step.py --rows [NAME …]     the rows of README's table, each in a process of its own
+    python benchmarks/bench_step.py --first-step        first steps of fresh processes, both sides, cold and warm
+    python benchmarks/bench_step.py --sweep length|batch [--peer]      our rate, and memory beside the plan, by shape
 
 Both sides train the same model on the same random tokens, in bf16 with float32 master weights, in turns: a round is
-`steps` steps of ours, then of the peer, and the median of the rounds counts. Memory is what the device holds more after
-a side's steps than before it was made. --groups runs our step kernel by kernel between device events; --first-step
-measures fresh processes, from their start to their first finished step, with an empty kernel cache and with a full one.
+`steps` steps of ours, then of the peer. The median of the rounds counts, with p20 and p80. `--mode best` takes torch in
+two modes, one after the other, each in turns with ours, and the faster is the peer of the row; every mode's rate is
+kept. `--mode default --rounds 3 --steps 4 --no-groups` is quick: it compiles once, which is most of a row's time.
 
-    MFU = tokens/s * FLOPs per token / peak;  FLOPs per token = 6 (matrix parameters) + 6 L NH HS T (causal attention)
+Memory is what the device holds more after our steps than before our arena, and what PyTorch reserves at most. A group's
+floor, and what MFU is: apr/tools/step_cost.py; docs/performance.md says how to read it all. A sweep is exit 5 where
+memory is over 3 % off the plan.
 """
 
 import argparse
-import datetime
 import gc
-import os
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from harness import append, results_file
+import step_peer
+import step_sweep
+from first_step import first_steps, one_step
+from harness import HERE, append, plain, results_file, stamp
 
-from apr.config import TransformerTrainConfig, encode
-from apr.data.batch import LMBatch
-from apr.device import Device
 from apr.driver import probe
-from apr.params import param_specs
+from apr.errors import AprError
 from apr.presets import preset
-from apr.train.cuda_trainer import CudaTransformerTrainer
+from apr.tools.bench import OPS, OurStep, paths, speed
+from apr.tools.device import choose_device
+from apr.tools.step_cost import MFU, PEAK, PRODUCT
+from apr.tools.timed_device import TimedDevice
+from apr.tools.timing import Lab, ceilings
 
-COLUMNS = ("date", "gpu", "driver", "preset", "batch", "length", "precision", "mode", "ours_gib", "plan_gib",
-           "peer_gib", "peer_allocated_gib", "peer_compile_s", "torch", "ours_ms", "ours_tok_s", "ours_mfu",
-           "ours_of_measured", "peer_ms", "peer_tok_s", "peer_mfu", "peer_of_measured", "ratio", "first_step_cold_s",
-           "first_step_warm_s")
-PEAK, MEASURED = 989.4e12, 788e12  # bf16 FLOP/s of an H100/H200: the data sheet's, and a large product's
-GROUPS = {"embedding": "embedding", "rmsnorm": "norm + residual", "rope": "rope", "linear": "bias",
-          "attention": "attention", "swiglu": "swiglu", "cross_entropy": "cross-entropy", "adamw": "AdamW",
-          "global_norm": "gradient norm"}
-
-
-class TimedDevice(Device):
-    """A Device that puts an event after every launch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[tuple[str, Any]] = []
-
-    def launched(self, name: str) -> None:
-        super().launched(name)
-        event = self.cupy.cuda.Event()
-        event.record(self.stream)
-        self.events.append((name, event))
-
-    def groups(self) -> dict[str, float]:
-        """Milliseconds by group since the last call; a kernel's time is from the event before it to its own."""
-        self.synchronize()
-        out: dict[str, float] = defaultdict(float)
-        for (_, before), (name, after) in zip(self.events, self.events[1:], strict=False):
-            entry, _, key = name.partition(" of ")
-            stem = key.split("-")[0].removesuffix("_f32")
-            group = GROUPS.get(stem, "products")
-            if group == "attention":
-                group = entry.replace("attention_", "attention ").replace("_", " ")
-            out[group] += self.cupy.cuda.get_elapsed_time(before, after)
-        self.events.clear()
-        return dict(out)
+MODES = ("default", "reduce-overhead", "eager")
+BEST = ("default", "reduce-overhead")
+SIDE = ("ms", "p20_ms", "p80_ms", "tok_s", "mfu", "of_measured")
+RATES = tuple(f"{mode.replace('-', '_')}_tok_s" for mode in MODES)
+COLUMNS = ("date", "commit", "gpu", "driver", "preset", "batch", "length", "precision", "paths",
+           *(f"ours_{name}" for name in SIDE), "ours_gib", "plan_gib", "off_plan", "context_gib", "mode",
+           *(f"peer_{name}" for name in SIDE), "peer_gib", "peer_allocated_gib", "peer_compile_s", "ratio", *RATES,
+           "copy_gbps", "product_tflops", "first_step_cold_s", "first_step_warm_s", "peer_first_step_cold_s",
+           "peer_first_step_warm_s", "torch")
+GROUP_COLUMNS = ("date", "commit", "gpu", "driver", "preset", "batch", "length", "precision", "group", "path", "ms",
+                 "floor_ms", "of_floor")
+ROWS = {"qwen-8x2048": ["--preset", "qwen2_0_5b", "--batch", "8", "--length", "2048"],
+        "qwen-32x1024": ["--preset", "qwen2_0_5b", "--batch", "32", "--length", "1024"],
+        "qwen-1x512": ["--preset", "qwen2_0_5b", "--batch", "1", "--length", "512", "--steps", "10"],
+        "llama-8x2048": ["--preset", "llama_370m", "--batch", "8", "--length", "2048"],
+        "first-step": ["--preset", "qwen2_0_5b", "--batch", "8", "--length", "2048", "--first-step"]}
 
 
-def flops_per_token(name: str, length: int) -> float:
-    """6 FLOPs per matrix parameter (a tied table counts once, as the head) and causal attention."""
-    c = preset(name)
-    matrices = sum(s.size for s in param_specs(c) if s.decay and (c.tie_word_embeddings or "embed" not in s.name))
-    return 6.0 * matrices + 6.0 * c.L * c.NH * c.HS * length
+@dataclass
+class Turns:
+    """Rounds of ours beside one mode of the peer: seconds of a step of each, and what is known of the peer."""
+
+    ours: list[float]
+    peer: list[float]
+    about: dict[str, Any]
 
 
-def used(dev: Device) -> int:
-    """Bytes of device memory that anyone holds."""
-    free, total = dev.free_bytes()
-    return total - free
-
-
-def batches(args: argparse.Namespace, count: int) -> list[LMBatch]:
-    """Random tokens."""
-    rng = np.random.default_rng(1)
-    return [LMBatch.from_rows(rng.integers(0, preset(args.preset).V, (args.batch, args.length + 1)))
-            for _ in range(count)]
-
-
-def settings(args: argparse.Namespace) -> TransformerTrainConfig:
-    """How both sides train."""
-    return TransformerTrainConfig(lr=1e-4, batch_size=args.batch, max_seq_len=args.length, precision=args.precision,
-                                  weight_decay=0.1, beta2=0.95)
-
-
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of both sides in turns; the row."""
-    dev = Device()
-    model, config, data = preset(args.preset), settings(args), batches(args, args.steps)
-    before = used(dev)
-    ours = CudaTransformerTrainer.new(model, config, dev)
-    for b in data[:3] * 2:
-        ours.train_batch(b)
-    row: dict[str, Any] = {"ours_gib": (used(dev) - before) / 2**30, "plan_gib": ours.arena.plan.bytes / 2**30}
-    peer, losses = None, []
-    if not args.no_peer:
-        import torch
-        from torch_model import TorchTrainer
-
-        start, before = time.perf_counter(), used(dev)
-        peer = TorchTrainer(encode(model), encode(config), args.mode)
-        on_gpu = [(torch.from_numpy(b.inputs).cuda().long(), torch.from_numpy(b.targets).cuda().long()) for b in data]
-        for x, y in on_gpu[:3] * 2:
-            losses.append(peer.step(x, y, config.lr)[0].item())
-        row |= {"peer_gib": torch.cuda.max_memory_reserved() / 2**30,
-                "peer_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-                "peer_compile_s": time.perf_counter() - start, "torch": torch.__version__}
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
-    for _ in range(args.rounds):
-        start = time.perf_counter()
-        for b in data:
-            ours.train_batch(b)
-        times["ours"].append((time.perf_counter() - start) / len(data))
+def in_turns(ours: Callable[[], float], peer: Callable[[], float] | None, rounds: int, about: dict[str, Any]) -> Turns:
+    """Rounds of both sides, one of ours before each of the peer's."""
+    found = Turns([], [], about)
+    for _ in range(rounds):
+        found.ours.append(ours())
         if peer is not None:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for x, y in on_gpu:
-                loss, norm = peer.step(x, y, config.lr)
-                float(loss), float(norm)  # what a training loop logs
-            times["peer"].append((time.perf_counter() - start) / len(data))
-    tokens, per_token = args.batch * args.length, flops_per_token(args.preset, args.length)
-    for side, values in times.items():
-        if values:
-            rate = tokens / statistics.median(values)
-            row |= {f"{side}_ms": 1000 * statistics.median(values), f"{side}_tok_s": rate,
-                    f"{side}_mfu": rate * per_token / PEAK, f"{side}_of_measured": rate * per_token / MEASURED}
-    if peer is not None:
+            found.peer.append(peer())
+    return found
+
+
+def compare(args: argparse.Namespace, ours: OurStep) -> dict[str, Turns]:
+    """Ours beside each mode that is asked for, by mode; "" without a peer. A mode that fails is left out, and named."""
+    found: dict[str, Turns] = {}
+    for mode in () if args.no_peer else BEST if args.mode == "best" else (args.mode,):
+        say(f"torch, {mode}: compiling")
+        side = step_peer.attempt(mode, ours, args.steps)
+        if side is not None:
+            say(f"torch, {mode}: {args.rounds} rounds in turns")
+            found[mode] = in_turns(ours.round, side.round, args.rounds, side.about)
+            side.close()
+            del side
+    return found or {"": in_turns(ours.round, None, args.rounds, {})}
+
+
+def row_of(args: argparse.Namespace, ours: OurStep, turns: dict[str, Turns]) -> dict[str, Any]:
+    """The figures of a row: the peer is the mode with the most tokens per second, and ours are of its rounds."""
+    shape = (ours.model, args.batch, args.length)
+    rates = {mode: speed(t.peer, *shape)["tok_s"] for mode, t in turns.items() if t.peer}
+    best = max(rates, key=lambda mode: rates[mode], default="")
+    memory = {("ours_gib" if name == "gib" else name): value for name, value in ours.memory().items()}
+    row = {**memory, "context_gib": ours.context_gib, **speed(turns[best or next(iter(turns))].ours, *shape, "ours_")}
+    if best:
+        row |= {"mode": best, **turns[best].about, **speed(turns[best].peer, *shape, "peer_"),
+                **{f"{mode.replace('-', '_')}_tok_s": rate for mode, rate in rates.items()}}
         row["ratio"] = row["ours_tok_s"] / row["peer_tok_s"]
-        del peer
-        torch.cuda.empty_cache()
-    del ours
-    gc.collect()
     return row
 
 
-def group_table(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of each group of kernels, launched one by one."""
-    dev = TimedDevice()
-    trainer = CudaTransformerTrainer.new(preset(args.preset), settings(args), dev, graphs=False)
-    data, rounds = batches(args, 3), []
-    for b in data * 2:
-        trainer.train_batch(b)
-        rounds.append(dev.groups())
-    return {g: statistics.median(r.get(g, 0.0) for r in rounds[2:]) for g in sorted(rounds[-1], key=rounds[-1].get,
-                                                                                      reverse=True)}
+def measure_row(args: argparse.Namespace, dev: TimedDevice) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A row, and the rows of its groups."""
+    say("apr: the first steps")
+    ours = OurStep(dev, preset(args.preset), args.batch, args.length, args.precision, args.steps)
+    rates, path = ceilings(Lab(dev)), paths(ours.model, args.precision, dev)
+    about = {"paths": " ".join(f"{op}={name}" for op, name in sorted(path.items())), "copy_gbps": rates["copy"] / 1e9,
+             "product_tflops": rates["f32" if args.precision == "fp32" else "bf16"] / 1e12}
+    groups = []
+    if not args.no_groups:
+        say("apr: kernel by kernel")
+        groups = [{**g, "path": path.get(OPS.get(g["group"], ""), "general"),
+                   "of_floor": g["ms"] / g["floor_ms"] if g["floor_ms"] else None} for g in ours.groups(rates)]
+    row = row_of(args, ours, compare(args, ours)) | about
+    del ours
+    gc.collect()
+    return row, groups
 
 
-def first_steps(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds from process start to the first finished step, with an empty cache and then with a full one."""
-    out = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for state in ("cold", "warm"):
-            start = time.time()
-            run = subprocess.run([sys.executable, __file__, "--one-step", "--preset", args.preset, "--batch",
-                                  str(args.batch), "--length", str(args.length), "--precision", args.precision],
-                                 env={**os.environ, "APR_CACHE_DIR": folder}, capture_output=True, text=True,
-                                 check=True)
-            out[f"first_step_{state}_s"] = float(run.stdout.split()[-1]) - start
-    return out
+def show(row: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """A row for people."""
+    for name, value in row.items():
+        print(f"{name:24}{value:.5g}" if isinstance(value, float) else f"{name:24}{value}")
+    if "ours_mfu" in row:
+        print(MFU.format(peak=PEAK / 1e12) + f"; of_measured: the same of {PRODUCT / 1e12:.0f}")
+    if groups:
+        print(f"\n{'group':24}{'ms':>9}{'floor ms':>10}{'of floor':>10}  path")
+        for g in groups:
+            floor = f"{g['floor_ms']:10.3f}{g['of_floor']:10.2f}" if g["floor_ms"] else ""
+            print(f"{g['group'][:22]:24}{g['ms']:9.3f}{floor:20}  {g['path']}")
+        ms, least = (sum(g[name] or 0 for g in groups) for name in ("ms", "floor_ms"))
+        print(f"{'sum':24}{ms:9.3f}{least:10.3f}{ms / least:10.2f}", flush=True)
 
 
-def one_step(args: argparse.Namespace) -> None:
-    """One step in this process; prints the time of its end."""
-    trainer = CudaTransformerTrainer.new(preset(args.preset), settings(args))
-    trainer.train_batch(batches(args, 1)[0])
-    print(time.time())
+def record(row: dict[str, Any], results: Path, groups: Sequence[dict[str, Any]] = ()) -> None:
+    """Append a row, and those of its groups, to the files of its GPU; what was left out leaves its columns empty."""
+    append(results_file(results, row["gpu"], "step"), [plain(row)], COLUMNS)
+    common = {name: row[name] for name in GROUP_COLUMNS if name in row}
+    if groups:
+        append(results_file(results, row["gpu"], "step_groups"), [plain({**common, **g}) for g in groups],
+               GROUP_COLUMNS)
 
 
-def main() -> None:
-    """Measure, print, and with --results append a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run_rows(names: Sequence[str], rest: Sequence[str]) -> int:
+    """Each named row in a process of its own, one after the other; the worst exit code."""
+    code = 0
+    for name in names or ROWS:
+        print(f"\n== {name}", flush=True)
+        done = subprocess.run([sys.executable, str(HERE / "bench_step.py"), *ROWS[name], *rest], check=False)
+        code = max(code, done.returncode if done.returncode >= 0 else 1)
+    return code
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="qwen2_0_5b")
     add("--batch", type=int, default=8)
     add("--length", type=int, default=2048)
-    add("--precision", default="bf16")
-    add("--mode", default="default", choices=("default", "reduce-overhead", "eager"))
+    add("--precision", default="bf16", choices=("bf16", "fp32"))
+    add("--mode", default="best", choices=("best", *MODES))
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=5)
-    add("--results", type=Path)
-    for flag in ("--no-peer", "--groups", "--first-step", "--one-step"):
+    add("--results", type=Path, metavar="DIR", help="append rows to DIR/<gpu>/step.csv (default: nowhere)")
+    add("--rows", nargs="*", choices=list(ROWS), metavar="NAME", help="rows by name, all without one: "
+        + ", ".join(ROWS))
+    add("--sweep", choices=list(step_sweep.SWEEPS))
+    add("--one-step", choices=("ours", *MODES), help=argparse.SUPPRESS)
+    for flag in ("--peer", "--no-peer", "--no-groups", "--first-step"):
         add(flag, action="store_true")
-    args = parser.parse_args()
-    if args.one_step:
-        return one_step(args)
-    row: dict[str, Any] = {"date": datetime.date.today().isoformat(), "gpu": probe().devices[0].name,
-                           "driver": probe().driver_version, "preset": args.preset, "batch": args.batch,
-                           "length": args.length, "precision": args.precision, "mode": args.mode}
-    row |= compare(args)
-    if args.first_step:
-        row |= first_steps(args)
-    for key, value in row.items():
-        print(f"{key:20} {value:.4g}" if isinstance(value, float) else f"{key:20} {value}")
-    if args.groups:
-        groups = group_table(args)
-        total = sum(groups.values())
-        print(f"\n{'group':28}{'ms':>9}{'share':>8}")
-        for group, ms in [*groups.items(), ("sum", total)]:
-            print(f"{group:28}{ms:9.2f}{ms / total:8.1%}")
-    if args.results:
-        record(row, args.results)
-    return None
+    return parser.parse_args(argv)
 
 
-def record(row: dict[str, Any], results: Path) -> None:
-    """Append a row to the file of its GPU; a side or a measurement that was left out leaves its columns empty."""
-    plain = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-    append(results_file(results, row["gpu"], "step"), [plain], COLUMNS)
+def without(argv: Sequence[str], flag: str, values: Sequence[str]) -> list[str]:
+    """The arguments but a flag and the values after it."""
+    out = list(argv)
+    at = out.index(flag)
+    del out[at:at + 1 + len(values)]
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and with --results append; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = parse(given)
+    try:
+        if args.one_step:
+            return one_step(args)
+        gpu = probe().devices[choose_device("cuda").ordinal].name  # without a GPU it ends here; no context is made
+        if args.rows is not None:
+            return run_rows(args.rows, without(given, "--rows", args.rows))
+        about = {**stamp(gpu), "preset": args.preset, "precision": args.precision}
+        if args.sweep:
+            return step_sweep.sweep(args, TimedDevice(warn=say), about, say)
+        about |= {"batch": args.batch, "length": args.length}
+        row, groups = (first_steps(args, say), []) if args.first_step else measure_row(args, TimedDevice(warn=say))
+        show(about | row, groups)
+        if args.results:
+            record(about | row, args.results, groups)
+    except AprError as e:
+        print(f"apr: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -110,7 +110,8 @@ class TorchTrainer:
 
     def __init__(self, config: dict[str, Any], train: dict[str, Any], mode: str,
                  weights: dict[str, Any] | None = None) -> None:
-        torch.set_float32_matmul_precision("high")
+        self.bf16 = train["precision"] == "bf16"
+        torch.set_float32_matmul_precision("high" if self.bf16 else "highest")
         with torch.device("cuda"):
             self.model = Decoder(config, train["max_seq_len"])
         if weights is not None:
@@ -124,7 +125,7 @@ class TorchTrainer:
         """One step on device tensors (B, T) int64; returns loss and gradient norm, still on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.bf16):
             loss = self.run(inputs, targets)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)

@@ -31,6 +31,7 @@ COMMANDS = {
     "plan": "show the GPU memory that training a model takes, and whether it fits",
     "contracts": "validate, list, show and falsify what each part promises, and say what is proven",
     "cache": "list, explain, verify, fill or empty the cache of compiled kernels",
+    "bench": "measure training steps, their ops and generation on this machine's GPU",
     "doctor": "show what this machine has of what apr needs, and what can be done with it",
 }
 MODULES = {"import": "import_model", "export": "export_model"}  # where it is not the command's own name

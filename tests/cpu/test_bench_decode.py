@@ -14,6 +14,7 @@ from apr.errors import DeviceFault
 from apr.formats.export import export_safetensors
 from apr.formats.safetensors import open_safetensors
 from apr.presets import llama2_7b, qwen2_0_5b
+from apr.tools import decode_speed
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -26,7 +27,7 @@ CONFIG = FAMILIES["qwen2"]
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Fewer random numbers."""
-    monkeypatch.setattr(bench_decode, "BLOCK", 5000)
+    monkeypatch.setattr(decode_speed, "BLOCK", 5000)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

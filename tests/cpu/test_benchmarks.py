@@ -16,13 +16,17 @@ import pytest
 
 from apr import driver, kernel
 from apr.device import Device
+from apr.tools import timing
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_all  # noqa: E402
 import bench_decode  # noqa: E402
+import bench_pretrain  # noqa: E402
 import bench_step  # noqa: E402
 import harness  # noqa: E402
+import loss_curve  # noqa: E402
+import step_sweep  # noqa: E402
 
 OPS = {module.__name__.removeprefix("bench_"): module for module in bench_all.MODULES}
 ALL_CASES = [(op, case) for op, cases in bench_all.OPS.items() for case in cases()]
@@ -218,8 +222,8 @@ class FakeGemm:
 @pytest.fixture
 def bench(monkeypatch):
     """A Bench on a GPU that is not there."""
-    monkeypatch.setattr(harness, "Gemm", FakeGemm)
-    monkeypatch.setattr(harness, "BLOCK", 1 << 20)
+    monkeypatch.setattr(timing, "Gemm", FakeGemm)
+    monkeypatch.setattr(timing, "BLOCK", 1 << 20)
     return harness.Bench(FakeDevice(), quick=True)
 
 
@@ -281,7 +285,9 @@ def test_rows_of_whole_steps_stay_under_their_columns(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "nvidia-h200").glob("*.csv")),
                          ids=lambda p: p.stem)
 def test_kept_rows_have_the_columns_of_today(path):
-    columns = {"step": bench_step.COLUMNS, "decode": bench_decode.COLUMNS}.get(path.stem, harness.COLUMNS)
+    others = {"step": bench_step.COLUMNS, "step_groups": bench_step.GROUP_COLUMNS, "step_sweep": step_sweep.COLUMNS,
+              "decode": bench_decode.COLUMNS, "pretrain": bench_pretrain.COLUMNS, "loss_curve": loss_curve.COLUMNS}
+    columns = others.get(path.stem, harness.COLUMNS)
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     assert tuple(rows[0]) == columns and len(rows) > 1 and all(len(row) == len(columns) for row in rows)
