@@ -6,10 +6,11 @@ TF32 off. Sums that are split over K are only allowed in float32.
 
     linear            out  = inp · weightᵀ          (N, O) = (N, I) (O, I)
     linear_dinp       dinp = dout · weight          (N, I) = (N, O) (O, I)
-    linear_dweight    dweight += doutᵀ · inp        (O, I) = (N, O) (N, I), float32
+    linear_dweight    dweight (+)= doutᵀ · inp      (O, I) = (N, O) (N, I), float32; set, or added to
 
 Which algorithm runs decides the last bits, so it is data: a table that ships with the package for a GPU and a version
-of the library, else the library's first candidate. `choices` says what ran; checkpoints keep it.
+of the library, else the library's first candidate. An algorithm does not depend on beta, so a product with beta 0 that
+has no entry takes that of the same product with beta 1. `choices` says what ran; checkpoints keep it.
 """
 
 import json
@@ -121,10 +122,13 @@ class Gemm:
         (n, o), i = dout.shape, weight.shape[1]
         self.multiply(dinp, weight, dout, Shape(i, n, o, False, False, _kind(dout), _kind(dinp)), 0.0)
 
-    def linear_dweight(self, dweight: Any, dout: Any, inp: Any) -> None:
-        """dweight (O, I) f32 += doutᵀ · inp; dout (N, O), inp (N, I) of one storage type."""
+    def linear_dweight(self, dweight: Any, dout: Any, inp: Any, *, add: bool) -> None:
+        """dweight (O, I) f32 += doutᵀ · inp, or = where `add` is False, and then what was there is not read.
+
+        dout (N, O), inp (N, I) of one storage type.
+        """
         (n, o), i = dout.shape, inp.shape[1]
-        self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0)
+        self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0 if add else 0.0)
 
     def multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float) -> None:
         """A product as the library sees it: out = op(a) op(b) + beta out. Raises LaunchError for what does not fit."""
@@ -149,11 +153,12 @@ class Gemm:
         desc, layouts = self._describe(shape)
         name = shape.name(beta)
         algo = _ffi.new("algo_t *")
-        if name in self.table:
-            if not HEX.fullmatch(self.table[name]):
-                raise KernelError(f"algorithm of {name}", f"{ALGO_BYTES} bytes in hex", repr(self.table[name])[:60],
+        given = self.table.get(name) or (self.table.get(shape.name(1.0)) if beta == 0.0 else None)
+        if given is not None:
+            if not HEX.fullmatch(given):
+                raise KernelError(f"algorithm of {name}", f"{ALGO_BYTES} bytes in hex", repr(given)[:60],
                                   "correct the table of products, or the checkpoint")
-            _ffi.memmove(algo, bytes.fromhex(self.table[name]), ALGO_BYTES)
+            _ffi.memmove(algo, bytes.fromhex(given), ALGO_BYTES)
             self._check(self.library.cublasLtMatmulAlgoCheck(self.handle, desc, layouts[0], layouts[1], layouts[2],
                                                              layouts[2], algo, _ffi.new("result_t *")), name)
         else:

@@ -33,10 +33,13 @@ def bias_forward(dev: Device, out: Any, bias: Any) -> None:
     dev.launch(BIAS_FORWARD, linear_baked(o, floatx(out)), (grid,), (256,), (out, bias, np.int32(n)))
 
 
-def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any) -> None:
-    """Gradient of linear_forward: dinp (N, I) =, dweight (O, I) f32 +=; dout (N, O), inp, weight as in forward."""
+def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any, *, add: bool) -> None:
+    """Gradient of linear_forward: dinp (N, I) =, dweight (O, I) f32 +=, or = where `add` is False.
+
+    dout (N, O), inp, weight as in forward.
+    """
     gemm.linear_dinp(dinp, dout, weight)
-    gemm.linear_dweight(dweight, dout, inp)
+    gemm.linear_dweight(dweight, dout, inp, add=add)
 
 
 def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:

@@ -2,8 +2,8 @@
 
 A step sends token ids, targets, their sorted order and two numbers; reads back four; and waits once. A micro-batch's
 forward and backward is one CUDA graph and the update another: the first batch of a shape runs kernel by kernel, which
-loads everything that loads lazily, the second is recorded, and from then on it is launched. Nothing is allocated or
-compiled in a step.
+loads everything that loads lazily, the second is recorded, and from then on it is launched. The first part of a step
+sets the gradients and the others add to them, which are two graphs. Nothing is allocated or compiled in a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -121,16 +121,15 @@ class CudaTransformerTrainer(Trainer):
     def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
         dev, arena = self.dev, self.arena
         dev.upload(arena["step"], np.array([dloss, lr]))
-        dev.fill(arena["grads"], 0)
-        dev.fill(arena["stats"][:1], 0)
-        for batch in micro:
-            for part in self._fitting(batch):
-                self._pass("train", part, self._train_pass)
+        for index, part in enumerate([part for batch in micro for part in self._fitting(batch)]):
+            self._pass("train", part, self._train_pass, add=index > 0)
         self._run(("update",), self._update)
         total, norm, applied, _ = dev.download(arena["stats"])
         return float(total), float(norm), bool(applied)
 
     def _train_pass(self, b: Batch) -> None:
+        if not b.add:
+            self.dev.fill(self.arena["stats"][:1], 0)
         self.net.forward(b)
         self.net.losses_and_gradients(b)
 
@@ -165,13 +164,10 @@ class CudaTransformerTrainer(Trainer):
 
     def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
         """The sum of the losses; `grads` is the gradient of dloss times it, and nothing is updated. For comparisons."""
-        dev, arena = self.dev, self.arena
-        dev.upload(arena["step"], np.array([dloss, 0.0]))
-        dev.fill(arena["grads"], 0)
-        dev.fill(arena["stats"][:1], 0)
-        for part in self._fitting(batch):
-            self._train_pass(self._load(part, tap))
-        return float(dev.download(arena["stats"])[0])
+        self.dev.upload(self.arena["step"], np.array([dloss, 0.0]))
+        for index, part in enumerate(self._fitting(batch)):
+            self._train_pass(self._load(part, tap, add=index > 0))
+        return float(self.dev.download(self.arena["stats"])[0])
 
     def last_losses(self) -> np.ndarray:
         """The loss of every row (N,) float32, in nats, of the part that was trained or evaluated last. For comparisons.
@@ -192,9 +188,9 @@ class CudaTransformerTrainer(Trainer):
                 raise ShapeError(f"batch {name}", f"token ids in [0, {v})", str(int(ids[bad][0])), "check the data")
         return [LMBatch(batch.inputs[i:i + p.B], batch.targets[i:i + p.B]) for i in range(0, batch.batch_size, p.B)]
 
-    def _load(self, part: LMBatch, tap: Tap | None = None) -> Batch:
+    def _load(self, part: LMBatch, tap: Tap | None = None, add: bool = True) -> Batch:
         """The batch on the GPU."""
-        b = self.net.batch(part.batch_size, part.seq_len, tap)
+        b = self.net.batch(part.batch_size, part.seq_len, tap, add=add)
         self._rows = b.N
         ids = np.ascontiguousarray(part.inputs, np.int32).reshape(-1)
         order, runs = sort_ids(ids)
@@ -205,9 +201,9 @@ class CudaTransformerTrainer(Trainer):
             self.arena.poison()
         return b
 
-    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None]) -> None:
-        b = self._load(part)
-        self._run((kind, b.B, b.T), lambda: work(b))
+    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None], add: bool = True) -> None:
+        b = self._load(part, add=add)
+        self._run((kind, b.B, b.T, b.add), lambda: work(b))
 
     def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         """Kernel by kernel the first time, recorded the second, launched as a graph from then on."""

@@ -50,9 +50,20 @@ def test_gemm_linear_dweight_backward_matches_reference(arrays, gemm, rng, shape
     inp, _, dout = some(arrays, rng, shape)
     start = rng.standard_normal((o, i)).astype(np.float32)
     dweight = arrays.update(start, "f32")
-    gemm.linear_dweight(dweight, arrays.read(dout), arrays.read(inp))
+    gemm.linear_dweight(dweight, arrays.read(dout), arrays.read(inp), add=True)
     d, x, begin = f64(dout, inp, start)
     arrays.judge("dweight", dweight, begin + d.T @ x, tolerance(n) if arrays.storage == "f32" else TENSOR_CORES)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm_linear_dweight_backward_sets_what_is_not_to_be_added_to(arrays, gemm, rng, shape):
+    """What was there is NaN, and is not read."""
+    n, o, i = shape
+    inp, _, dout = some(arrays, rng, shape)
+    dweight = arrays.out(o, i, dtype="f32")
+    gemm.linear_dweight(dweight, arrays.read(dout), arrays.read(inp), add=False)
+    d, x = f64(dout, inp)
+    arrays.judge("dweight", dweight, d.T @ x, tolerance(n) if arrays.storage == "f32" else TENSOR_CORES)
 
 
 def test_gemm_is_not_tf32(f32, gemm, rng):
@@ -71,7 +82,7 @@ def test_gemm_gives_the_same_bits_twice(dev, gemm, storage):
         out, dinp, dweight = arrays.out(127, 1152), arrays.out(127, 896), arrays.update(np.zeros((1152, 896)), "f32")
         gemm.linear(out, inp, weight)
         gemm.linear_dinp(dinp, dout, weight)
-        gemm.linear_dweight(dweight, dout, inp)
+        gemm.linear_dweight(dweight, dout, inp, add=True)
         return {"out": arrays.bits(out), "dinp": arrays.bits(dinp), "dweight": arrays.bits(dweight)}
     same_bits(run)
 
@@ -109,6 +120,23 @@ def test_gemm_does_not_use_the_choices_of_another_gpu_or_library(dev, foreign):
     workspace = dev.empty((WORKSPACE,), "u8")
     record = {**Gemm(dev, workspace).record(), "algorithms": {"128x256x128-TN-bf16-bf16-0": "ff" * 64}, **foreign}
     product(dev, Gemm(dev, workspace, record))
+
+
+def test_gemm_takes_the_algorithm_of_the_sum_for_the_product_alone(dev):
+    """A table has one of the two: an algorithm does not depend on what is added."""
+    workspace, arrays = dev.empty((WORKSPACE,), "u8"), Arrays(dev, "bf16")
+    shape, dweight = Shape(128, 128, 256, False, True, R_16BF, R_32F), arrays.update(np.zeros((128, 128)), "f32")
+    first = Gemm(dev, workspace)
+    desc, layouts = first._describe(shape)
+    others = [algorithm_bytes(a).hex() for a in first.candidates(desc, layouts, shape.name(1.0), 16)]
+    given = Gemm(dev, workspace, {**first.record(), "algorithms": {shape.name(1.0): others[-1]}})
+    inp, dout = (arrays.read(np.ones((256, 128), np.float32)) for _ in range(2))
+    given.linear_dweight(dweight, dout, inp, add=False)
+    assert given.choices == {shape.name(0.0): others[-1]} and others[-1] != others[0]
+    both = {shape.name(1.0): "00" * 64, shape.name(0.0): others[0]}
+    own = Gemm(dev, workspace, {**first.record(), "algorithms": both})
+    own.linear_dweight(dweight, dout, inp, add=False)
+    assert own.choices == {shape.name(0.0): others[0]}, "a product's own entry comes first"
 
 
 def algorithm_bytes(algo):

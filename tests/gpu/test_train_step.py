@@ -1,0 +1,51 @@
+"""A training step on the GPU: which gradients it sets and which it adds to, and several parts of the head."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from compare import assert_close
+from models import random_batch
+from test_trainer import BOTH, SMALL, trainer
+
+
+@BOTH
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_reads_no_gradient_of_the_step_before(dev, precision, tied):
+    """Every parameter's gradient is NaN before the step, padding rows of the vocabulary too, and what is between stays
+    zero. Run, recorded and replayed; with one micro-batch and with three, of which the last two add.
+    """
+    model, runs = dataclasses.replace(SMALL, tie_word_embeddings=tied), []
+    for spoil in (False, True):
+        t = trainer(dev, model, precision=precision)
+        nan = np.zeros(t.layout.size, np.float32)
+        for spec, offset in zip(t.layout.specs, t.layout.offsets, strict=True):
+            nan[offset:offset + spec.room] = np.nan
+        losses = []
+        for step in range(6):
+            if spoil:
+                dev.upload(t.arena["grads"], nan)
+            losses.append(t.train_batch([random_batch(step + i) for i in range(1 + step % 2 * 2)]))
+            losses.append(t.last_grad_norm)
+            assert t.last_stats.applied
+            flat = dev.download(t.arena["grads"])
+            assert not flat[~np.isnan(nan)].any()
+            for spec, offset in zip(t.layout.specs, t.layout.offsets, strict=True):
+                assert not flat[offset + spec.size:offset + spec.room].any(), f"{spec.name}: padding"
+        runs.append((losses, t.parameters_sha256(), t.optimizer_state_sha256()))
+    assert runs[0] == runs[1]
+
+
+@BOTH
+def test_the_head_in_parts_is_the_head(dev, precision, monkeypatch):
+    """The scores of 200 rows at once, or of 128 and then 72, which add to the gradient that the first have set."""
+    batch, found = random_batch(0, 4, 50), []
+    for rows in (200, 128):
+        monkeypatch.setattr("apr.buffers.LOGITS_BYTES", rows * SMALL.Vp * (4 if precision == "fp32" else 2))
+        t = trainer(dev, precision=precision, max_seq_len=50)
+        assert t.arena.plan.rows == rows
+        found.append((t.gradients(batch, 1 / batch.num_tokens), t.eval_batch(batch), t.grads))
+    (whole, evaluated, grads), (parts, evaluated_parts, of_parts) = found
+    assert abs(whole - parts) <= 1e-6 * whole and abs(evaluated - evaluated_parts) <= 1e-6 * evaluated
+    for key, value in grads.items():
+        assert_close(of_parts[key], value, 1e-5 if precision == "fp32" else 2e-2, key)
