@@ -4,9 +4,11 @@
                                     [--rounds 5 --steps 5] [--no-peer] [--groups] [--first-step] [--results DIR]
 
 Both sides train the same model on the same random tokens, in bf16 with float32 master weights, in turns: a round is
-`steps` steps of ours, then of the peer, and the median of the rounds counts. Memory is what the device holds more after
-a side's steps than before it was made. --groups runs our step kernel by kernel between device events; --first-step
-measures fresh processes, from their start to their first finished step, with an empty kernel cache and with a full one.
+`steps` steps of ours, then of the peer, and the median of the rounds counts. Both read the loss and the norm of a step
+when the next one has been started, as a training loop may; a round ends when its last are read. Memory is what the
+device holds more after a side's steps than before it was made. --groups runs our step kernel by kernel between device
+events; --first-step measures fresh processes, from their start to their first finished step, with an empty kernel cache
+and with a full one.
 
     MFU = tokens/s * FLOPs per token / peak;  FLOPs per token = 6 (matrix parameters) + 6 L NH HS T (causal attention)
 """
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ COLUMNS = ("date", "gpu", "driver", "preset", "batch", "length", "precision", "m
            "peer_gib", "peer_allocated_gib", "peer_compile_s", "torch", "ours_ms", "ours_tok_s", "ours_mfu",
            "ours_of_measured", "peer_ms", "peer_tok_s", "peer_mfu", "peer_of_measured", "ratio", "first_step_cold_s",
            "first_step_warm_s")
+Start = Callable[[Any], Callable[[], Any]]  # starts a step; what it returns waits for the step's numbers
 PEAK, MEASURED = 989.4e12, 788e12  # bf16 FLOP/s of an H100/H200: the data sheet's, and a large product's
 GROUPS = {"embedding": "embedding", "rmsnorm": "norm + residual", "rope": "rope", "linear": "bias",
           "attention": "attention", "swiglu": "swiglu", "cross_entropy": "cross-entropy", "adamw": "AdamW",
@@ -99,6 +103,32 @@ def settings(args: argparse.Namespace) -> TransformerTrainConfig:
                                   weight_decay=0.1, beta2=0.95)
 
 
+def our_step(trainer: CudaTransformerTrainer, lr: float) -> Start:
+    """Of a batch."""
+    return lambda batch: trainer.start_batch(batch, lr).result
+
+
+def peer_step(trainer: Any, lr: float) -> Start:
+    """Of inputs and targets on the GPU."""
+    def start(batch: tuple[Any, Any]) -> Callable[[], Any]:
+        numbers = trainer.step(*batch, lr)
+        return lambda: [float(number) for number in numbers]
+    return start
+
+
+def seconds(start: Start, data: Sequence[Any]) -> float:
+    """Of one step: each is started before the numbers of the one before it are read, by what its start returned."""
+    begin, read = time.perf_counter(), None
+    for batch in data:
+        following = start(batch)
+        if read is not None:
+            read()
+        read = following
+    assert read is not None
+    read()
+    return (time.perf_counter() - begin) / len(data)
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Rounds of both sides in turns; the row."""
     dev = Device()
@@ -123,17 +153,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 "peer_compile_s": time.perf_counter() - start, "torch": torch.__version__}
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(args.rounds):
-        start = time.perf_counter()
-        for b in data:
-            ours.train_batch(b)
-        times["ours"].append((time.perf_counter() - start) / len(data))
+        times["ours"].append(seconds(our_step(ours, config.lr), data))
         if peer is not None:
             torch.cuda.synchronize()
-            start = time.perf_counter()
-            for x, y in on_gpu:
-                loss, norm = peer.step(x, y, config.lr)
-                float(loss), float(norm)  # what a training loop logs
-            times["peer"].append((time.perf_counter() - start) / len(data))
+            times["peer"].append(seconds(peer_step(peer, config.lr), on_gpu))
     tokens, per_token = args.batch * args.length, flops_per_token(args.preset, args.length)
     for side, values in times.items():
         if values:

@@ -27,10 +27,13 @@ ROUNDS, GAIN = 7, 0.99
 
 
 def shapes_of(dev: Device, name: str, batch: int, length: int) -> list[tuple[Shape, float]]:
-    """Every product of a training step and of an evaluation, in bf16."""
+    """Every product of a training step and of an evaluation, in bf16.
+
+    Two micro-batches: the first sets the gradients (beta 0), the second adds to them (beta 1).
+    """
     config = TransformerTrainConfig(batch_size=batch, max_seq_len=length, precision="bf16")
     trainer = CudaTransformerTrainer(preset(name), config, dev, graphs=False)
-    trainer.train_batch(LMBatch.from_rows(np.zeros((batch, length + 1), np.int32)), 0.0)
+    trainer.train_batch([LMBatch.from_rows(np.zeros((batch, length + 1), np.int32))] * 2, 0.0)
     return list(trainer.gemm.products)
 
 

@@ -1,6 +1,7 @@
 """CudaTransformerTrainer: the same training on a GPU, with every buffer there from the first step to the last.
 
-A step sends token ids, targets, their sorted order and two numbers; reads back four; and waits once. A micro-batch's
+A step sends token ids, targets, their sorted order and two numbers, and reads back four, through pinned memory: the
+next step may be started before they are there, so that the GPU never waits for the host (start_batch). A micro-batch's
 forward and backward is one CUDA graph and the update another: the first batch of a shape runs kernel by kernel, which
 loads everything that loads lazily, the second is recorded, and from then on it is launched. The first part of a step
 sets the gradients and the others add to them, which are two graphs. Nothing is allocated or compiled in a step.
@@ -26,8 +27,9 @@ from apr.ops.global_norm import global_norm
 from apr.params import init_params
 from apr.registry import variants, warmup
 from apr.taps import Tap
-from apr.train.base import Trainer
+from apr.train.base import Numbers, Trainer
 from apr.train.cuda_view import CudaStepView
+from apr.train.staging import Staging
 
 
 class CudaTransformerTrainer(Trainer):
@@ -39,6 +41,8 @@ class CudaTransformerTrainer(Trainer):
     ConfigError and UnavailableError for a model that the kernels do not cover.
     """
 
+    ahead = 1
+
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
                  graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None) -> None:
         super().__init__(model, config)
@@ -49,6 +53,7 @@ class CudaTransformerTrainer(Trainer):
         warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
         self.net = Model(self.dev, self.gemm, self.arena, model)
+        self.staging = Staging(self.dev, self.arena, config.accumulation_steps)
         self.graphs, self.poison = graphs, poison
         self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
         self._rows = 0  # of the part that was loaded last
@@ -101,6 +106,7 @@ class CudaTransformerTrainer(Trainer):
 
     def load_optimizer(self, arrays: Mapping[str, np.ndarray], step: int) -> None:
         """Go on from an optimizer state as optimizer_state gives it, after `step` updates."""
+        self.finish()
         for kind in "mv":
             flat = np.zeros(self.layout.size, np.float32)
             for name, view in self.layout.views(flat).items():
@@ -118,14 +124,19 @@ class CudaTransformerTrainer(Trainer):
         """The algorithms of the matrix products, and what they are of."""
         return {"gemm": self.gemm.record()}
 
-    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
-        dev, arena = self.dev, self.arena
-        dev.upload(arena["step"], np.array([dloss, lr]))
-        for index, part in enumerate([part for batch in micro for part in self._fitting(batch)]):
-            self._pass("train", part, self._train_pass, add=index > 0)
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> Callable[[], Numbers]:
+        first: np.ndarray | None = np.array([dloss, lr])
+        for part in [part for batch in micro for part in self._fitting(batch)]:
+            self._pass("train", part, self._train_pass, first)
+            first = None
         self._run(("update",), self._update)
-        total, norm, applied, _ = dev.download(arena["stats"])
-        return float(total), float(norm), bool(applied)
+        read = self.staging.fetch()
+
+        def numbers() -> Numbers:
+            total, norm, applied, _ = read()
+            return float(total), float(norm), bool(applied)
+
+        return numbers
 
     def _train_pass(self, b: Batch) -> None:
         if not b.add:
@@ -164,9 +175,8 @@ class CudaTransformerTrainer(Trainer):
 
     def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
         """The sum of the losses; `grads` is the gradient of dloss times it, and nothing is updated. For comparisons."""
-        self.dev.upload(self.arena["step"], np.array([dloss, 0.0]))
         for index, part in enumerate(self._fitting(batch)):
-            self._train_pass(self._load(part, tap, add=index > 0))
+            self._train_pass(self._load(part, tap, None if index else np.array([dloss, 0.0])))
         return float(self.dev.download(self.arena["stats"])[0])
 
     def last_losses(self) -> np.ndarray:
@@ -188,21 +198,20 @@ class CudaTransformerTrainer(Trainer):
                 raise ShapeError(f"batch {name}", f"token ids in [0, {v})", str(int(ids[bad][0])), "check the data")
         return [LMBatch(batch.inputs[i:i + p.B], batch.targets[i:i + p.B]) for i in range(0, batch.batch_size, p.B)]
 
-    def _load(self, part: LMBatch, tap: Tap | None = None, add: bool = True) -> Batch:
-        """The batch on the GPU."""
-        b = self.net.batch(part.batch_size, part.seq_len, tap, add=add)
+    def _load(self, part: LMBatch, tap: Tap | None = None, first: np.ndarray | None = None) -> Batch:
+        """The batch on the GPU; dloss and lr with a step's first part, which sets the gradients."""
+        b = self.net.batch(part.batch_size, part.seq_len, tap, add=first is None)
         self._rows = b.N
-        ids = np.ascontiguousarray(part.inputs, np.int32).reshape(-1)
+        ids, targets = (np.asarray(a, np.int32).reshape(-1) for a in (part.inputs, part.targets))
         order, runs = sort_ids(ids)
-        for name, values in (("ids", ids), ("targets", np.asarray(part.targets, np.int32)), ("order", order),
-                             ("runs", runs)):
-            self.dev.upload(self.arena.rows(name, (values.size,)), values)
+        self.staging.send({"ids": ids, "targets": targets, "order": order, "runs": runs,
+                           **({} if first is None else {"step": first})})
         if self.poison:
             self.arena.poison()
         return b
 
-    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None], add: bool = True) -> None:
-        b = self._load(part, add=add)
+    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None], first: np.ndarray | None = None) -> None:
+        b = self._load(part, first=first)
         self._run((kind, b.B, b.T, b.add), lambda: work(b))
 
     def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:

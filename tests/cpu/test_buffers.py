@@ -90,14 +90,16 @@ def test_aliases_have_the_size_of_what_they_share_and_a_reason(precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_lies_in_logits_buf_fits_and_lies_apart(precision):
     """As much as there is room for; a small vocabulary has room for little."""
-    for config, B, T in ((qwen2_0_5b, 8, 2048), (llama_370m, 32, 1024), (qwen3_0_6b, 1, 1), (tiny, 4, 16)):
+    narrow = replace(tiny, vocab_size=128, intermediate_size=100)
+    for config, B, T in ((qwen2_0_5b, 8, 2048), (llama_370m, 32, 1024), (qwen3_0_6b, 1, 1), (tiny, 4, 16),
+                         (narrow, 4, 16)):
         b = by_name(plan(config, B, T, precision))
         inside = sorted((x for x in b.values() if x.alias == "logits_buf" and x.name != "dact"), key=lambda x: x.offset)
         for one, after in zip(inside, [*inside[1:], b["logits_buf"]], strict=True):
             end = after.offset if after in inside else b["logits_buf"].size
             assert one.offset + one.size <= end and one.offset * SIZES[one.dtype] % 256 == 0
     assert set(BESIDE) == set(BESIDE_LOGITS)
-    cramped = by_name(plan(replace(tiny, vocab_size=128, intermediate_size=100), 4, 16, precision))
+    cramped = by_name(plan(narrow, 4, 16, precision))
     alone = [name for name in BESIDE if cramped[name].alias is None]
     assert "act" not in alone and alone and all(cramped[name].bytes for name in alone)
     assert cramped["dact"].alias == "logits_buf" and cramped["dact"].offset == cramped["act"].offset

@@ -1,4 +1,4 @@
-"""A training step on the GPU: which gradients it sets and which it adds to, and several parts of the head."""
+"""A training step on the GPU: which gradients it sets and which it adds to, parts of the head, steps under way."""
 
 import dataclasses
 
@@ -49,3 +49,35 @@ def test_the_head_in_parts_is_the_head(dev, precision, monkeypatch):
     assert abs(whole - parts) <= 1e-6 * whole and abs(evaluated - evaluated_parts) <= 1e-6 * evaluated
     for key, value in grads.items():
         assert_close(of_parts[key], value, 1e-5 if precision == "fp32" else 2e-2, key)
+
+
+@BOTH
+def test_steps_under_way_change_no_bit(dev, precision):
+    """One behind the other, never waited for, with batches of one, two and five parts; and each waited for."""
+    batches = [[random_batch(10 * s + i, rows=3 + s % 2 * 2) for i in range(1 + s % 3 * 2)] for s in range(12)]
+    runs = []
+    for ahead in (False, True):
+        t = trainer(dev, precision=precision, batch_size=3, accumulation_steps=2)
+        started = []
+        for s, micro in enumerate(batches):
+            started.append(t.start_batch(micro, 1e-3 * (s + 1)))
+            if not ahead:
+                started[-1].result()
+        stats = [handle.result() for handle in started]
+        assert [x.lr for x in stats] == [1e-3 * (s + 1) for s in range(12)] and t.step == 12
+        runs.append((stats, t.parameters_sha256(), t.optimizer_state_sha256()))
+    assert runs[0] == runs[1]
+
+
+@BOTH
+def test_what_is_not_finite_is_told_by_its_own_numbers_while_the_next_is_under_way(dev, precision):
+    t = trainer(dev, precision=precision)
+    for s in range(3):
+        t.train_batch(random_batch(s), 1e-3)
+    params = t.params
+    params["model.norm.weight"][3] = np.nan
+    t.load_params(params)
+    state = t.parameters_sha256()
+    bad, worse = t.start_batch(random_batch(4), 1e-3), t.start_batch(random_batch(5), 1e-3)
+    assert np.isnan(bad.result().loss) and not bad.result().applied and not worse.result().applied
+    assert t.step == 3 and t.parameters_sha256() == state
