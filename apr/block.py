@@ -61,8 +61,8 @@ def layer_views(arena: Arena, buffer: str, layout: Layout, c: TransformerConfig,
 class Batch:
     """What a pass works with: device, products, buffers, the model's shape, and this batch's B and T.
 
-    `slot`: where in the key/value cache the one sequence of the batch goes, if it goes there. `add`: gradients are
-    added to what is in `grads`; else they replace it, whatever it is.
+    `slot`: where in the key/value cache the one sequence goes, if it does. `add`: gradients are added to what is in
+    `grads`; else they replace it, whatever it is.
     """
 
     dev: Device
@@ -140,13 +140,12 @@ def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:
     b.look(tap_name("attn_norm", layer), norm, c.C)
     qkv = b.layer("qkv", layer, b.N, c.QKV)
     raw = b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else qkv
-    linear_forward(gemm, raw, norm, w.qkv)                                                                   # 2
+    linear_forward(gemm, raw, norm, w.qkv, w.qkv_bias if b.tap is None else None)                            # 2
     b.look_heads("qkv", "linear", layer, raw, flat=True)
-    if c.use_bias:
+    if c.use_bias and b.tap is not None:  # it sees the product alone, which is rounded for that, and once more here
         bias_forward(dev, raw, w.qkv_bias)
     b.look_heads("qkv", "bias", layer, raw)
-    cos, sin = b.arena["cos"], b.arena["sin"]
-    heads = head_norm(b, w, layer)
+    cos, sin, heads = b.arena["cos"], b.arena["sin"], head_norm(b, w, layer)
     if b.tap is not None and heads is not None:  # turned by the angle 0 of a first position: the norm alone
         aside = b.rows("dqkv", c.QKV)
         rope_forward(dev, aside, raw, heads, cos, sin, 1, c)
@@ -213,8 +212,7 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
     attention_backward(dev, dqkv, b.arena.rows("delta", (b.B, c.NH, b.T)), datty, qkv, atty,
                        b.layer("lse", layer, b.B, c.NH, b.T), b.B, b.T, c, scale=c.HS ** -0.5)               # 5
     b.look_heads("kq", "rope", layer, dqkv, True)
-    if c.qk_norm:
-        look_turned_back(b, layer, dqkv)
+    look_turned_back(b, layer, dqkv)
     rope_backward(dev, dqkv, dw.q_norm, dw.k_norm, b.partial(2 * c.HS), dqkv,
                   b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else None, head_norm(b, w, layer),
                   b.arena["cos"], b.arena["sin"], b.T, c)                                                    # 4, 3
@@ -231,11 +229,11 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
 
 
 def look_turned_back(b: Batch, layer: int, dqkv: Any) -> None:
-    """Show the gradients of the normalised heads: those of the rotated ones, turned back here, on the host.
+    """Show the gradients of normalised heads: those of the rotated ones, turned back here, on the host.
 
     The kernel goes on through the norm and keeps no such result.
     """
-    if b.tap is None:
+    if b.tap is None or not b.config.qk_norm:
         return
     c, half = b.config, b.config.HS // 2
     cos, sin = (to_host(b.dev, b.arena[name])[:b.T, None, :] for name in ("cos", "sin"))

@@ -19,7 +19,8 @@ import numpy as np
 from apr.config import TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.device import Device
-from apr.gemm import R_16BF, Gemm, Shape, table_path
+from apr.gemm import R_16BF, Gemm, Shape
+from apr.gemm_table import table_path
 from apr.presets import preset
 from apr.train.cuda_trainer import CudaTransformerTrainer
 
@@ -74,9 +75,9 @@ def main() -> None:
     for shape, beta in products:
         s = shape
         a, b = (random_array(dev, size, s.inputs) for size in (s.m * s.k, s.n * s.k))
-        out = random_array(dev, s.m * s.n, s.output)
-        timed = gemm.tune(s, beta, lambda a=a, b=b, out=out, s=s, beta=beta: milliseconds(
-            dev, lambda: gemm.multiply(out, a, b, s, beta)))
+        out, bias = random_array(dev, s.m * s.n, s.output), random_array(dev, s.m, s.output) if s.bias else None
+        timed = gemm.tune(s, beta, lambda a=a, b=b, out=out, s=s, beta=beta, bias=bias: milliseconds(
+            dev, lambda: gemm.multiply(out, a, b, s, beta, bias)), bias)
         first, (best, algo) = timed[0][0], min(timed)
         if best < GAIN * first:
             table[s.name(beta)], gained = algo, gained + first - best

@@ -21,9 +21,9 @@ def linear_baked(width: int, storage: str) -> Baked:
     return {"FLOATX": storage, "O": width}
 
 
-def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any) -> None:
-    """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
-    gemm.linear(out, inp, weight)
+def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any, bias: Any = None) -> None:
+    """out (N, O) = inp (N, I) · weightᵀ, weight (O, I), + bias (O,) before it is rounded; all of one storage type."""
+    gemm.linear(out, inp, weight, bias)
 
 
 def bias_forward(dev: Device, out: Any, bias: Any) -> None:

@@ -5,8 +5,9 @@ import pytest
 from harness import TENSOR_CORES, Arrays, f64, gate, rounded, same_bits
 
 from apr.buffers import WORKSPACE
-from apr.errors import AprError, KernelError
-from apr.gemm import R_16BF, R_32F, Gemm, Shape, table_path
+from apr.errors import AprError, KernelError, LaunchError
+from apr.gemm import R_16BF, R_32F, Gemm, Shape
+from apr.gemm_table import table_path
 
 # N, O, I: one row; every size odd; a layer of qwen2_0_5b; one output; a sum longer than 4096
 SHAPES = [(1, 64, 64), (17, 123, 37), (127, 1152, 896), (129, 96, 5), (33, 64, 8192), (256, 128, 128)]
@@ -32,6 +33,51 @@ def test_gemm_linear_forward_matches_reference(arrays, gemm, rng, shape):
     gemm.linear(out, arrays.read(inp), arrays.read(weight))
     x, w = f64(inp, weight)
     arrays.judge("out", out, x @ w.T, tolerance(i), lambda: rounded(inp @ weight.T))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm_linear_with_bias_matches_reference(arrays, gemm, rng, shape):
+    """Rounded once: no worse than a product and a bias that are added before they are rounded."""
+    n, o, i = shape
+    inp, weight, _ = some(arrays, rng, shape)
+    bias, out = arrays.round(10 * rng.standard_normal(o)), arrays.out(n, o)
+    gemm.linear(out, arrays.read(inp), arrays.read(weight), arrays.read(bias))
+    x, w, b = f64(inp, weight, bias)
+    arrays.judge("out", out, x @ w.T + b, tolerance(i), lambda: rounded(inp @ weight.T + bias))
+
+
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+def test_gemm_adds_the_bias_of_each_call_in_a_graph_too(dev, gemm, storage):
+    """One product, three biases: called in turns, then recorded, and replayed after another call."""
+    arrays, ones, zeros = Arrays(dev, storage), np.ones((128, 64), np.float32), np.zeros((256, 64), np.float32)
+    inp, weight = arrays.read(ones), arrays.read(zeros)
+    biases = [arrays.read(np.full(256, value, np.float32)) for value in (1.0, 2.0, 4.0)]
+    outs, graphs = [arrays.out(128, 256) for _ in biases], []
+
+    def call():
+        for out, bias in zip(outs, biases, strict=True):
+            gemm.linear(out, inp, weight, bias)
+
+    def found():
+        return [sorted(set(arrays.get(out).reshape(-1).tolist())) for out in outs]
+    call()
+    assert found() == [[1.0], [2.0], [4.0]]
+    with dev.capture(graphs):
+        call()
+    for out in outs:
+        dev.fill(out, 0)
+    other = arrays.out(128, 256)
+    gemm.linear(other, inp, weight, biases[0])
+    dev.replay(graphs[0], "biases")
+    assert found() == [[1.0], [2.0], [4.0]]
+
+
+def test_gemm_refuses_a_bias_that_does_not_fit(bf16, gemm):
+    inp, weight, out = bf16.read(np.ones((8, 64))), bf16.read(np.ones((32, 64))), bf16.out(8, 32)
+    for bias in (bf16.read(np.ones(31)), bf16.read(np.ones(32), "f32")):
+        with pytest.raises(LaunchError, match="32x8x64-TN-bf16-bf16-0-bias: bias"):
+            gemm.linear(out, inp, weight, bias)
+    gemm.linear(out, inp, weight, bf16.read(np.ones(32)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -155,7 +201,7 @@ def test_gemm_refuses_a_damaged_choice(dev, damaged):
 
 def test_gemm_refuses_a_damaged_table(dev, tmp_path, monkeypatch):
     version = Gemm(dev, dev.empty((WORKSPACE,), "u8")).version
-    monkeypatch.setattr("apr.gemm.TABLES", tmp_path)
+    monkeypatch.setattr("apr.gemm_table.TABLES", tmp_path)
     table_path(dev.name, version).write_text('{"algorithms": 5}')
     with pytest.raises(AprError, match="a table of algorithms"):
         Gemm(dev, dev.empty((WORKSPACE,), "u8"))

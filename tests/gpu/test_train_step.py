@@ -81,3 +81,22 @@ def test_what_is_not_finite_is_told_by_its_own_numbers_while_the_next_is_under_w
     bad, worse = t.start_batch(random_batch(4), 1e-3), t.start_batch(random_batch(5), 1e-3)
     assert np.isnan(bad.result().loss) and not bad.result().applied and not worse.result().applied
     assert t.step == 3 and t.parameters_sha256() == state
+
+
+@BOTH
+def test_a_tap_changes_no_more_than_the_rounding_of_a_bias(dev, precision):
+    """With a tap product and bias are two kernels, in bf16 rounded twice; without one they are a single product."""
+    t, batch = trainer(dev, precision=precision), random_batch(1)
+    params = t.params
+    for key, value in params.items():
+        if key.endswith("bias"):
+            value[...] = np.random.default_rng(len(key)).standard_normal(value.shape)
+    t.load_params(params)
+    plain = t.forward_logits(batch.inputs)
+    assert_close(t.forward_logits(batch.inputs, lambda name, array: None), plain,
+                 1e-6 if precision == "fp32" else 1e-2, "logits")
+    for key, value in params.items():
+        if key.endswith("bias"):
+            value[...] = 0
+    t.load_params(params)
+    assert not np.allclose(t.forward_logits(batch.inputs), plain, rtol=0, atol=1e-4), "the biases change nothing"
