@@ -67,6 +67,7 @@ class Trainer(ABC):
         self.model, self.config, self.layout = model, config, layout(model)
         self.step = 0
         self.last_stats: StepStats | None = None
+        self.path: dict[str, str] = {}  # of each op with a fast path, which one is taken (registry.paths)
         self._under_way: deque[tuple[StartedStep, Callable[[], StepStats]]] = deque()
 
     def train_batch(self, batch: LMBatch | Sequence[LMBatch], lr: float | None = None) -> float:

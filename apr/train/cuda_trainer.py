@@ -25,7 +25,7 @@ from apr.ops.adamw import adamw_round, adamw_update
 from apr.ops.embedding import sort_ids
 from apr.ops.global_norm import global_norm
 from apr.params import init_params
-from apr.registry import variants, warmup
+from apr.registry import paths, variants, warmup
 from apr.taps import Tap
 from apr.train.base import Numbers, Trainer
 from apr.train.cuda_view import CudaStepView
@@ -49,6 +49,7 @@ class CudaTransformerTrainer(Trainer):
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
         needed = variants(model, self.storage, self.dev.fast)  # what they do not cover is refused before any allocation
+        self.path = paths(model, self.storage, self.dev.fast)
         self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
         warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
@@ -121,8 +122,8 @@ class CudaTransformerTrainer(Trainer):
         return CudaStepView(self.dev, self.arena, self.net, self._fitting)
 
     def record(self) -> dict[str, Any]:
-        """The algorithms of the matrix products, and what they are of."""
-        return {"gemm": self.gemm.record()}
+        """The algorithms of the matrix products, what they are of, and the paths of ops that have several."""
+        return {"gemm": self.gemm.record(), "path": self.path}
 
     def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> Callable[[], Numbers]:
         first: np.ndarray | None = np.array([dloss, lr])
