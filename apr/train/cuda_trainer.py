@@ -8,6 +8,7 @@ sets the gradients and the others add to them, which are two graphs. Nothing is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -37,37 +38,39 @@ class CudaTransformerTrainer(Trainer):
 
     `device`: a Device, or None for the first GPU. `graphs` False launches every kernel by itself; `poison` fills every
     buffer with NaN before a pass that must write it first. `chosen`: the algorithms of matrix products that a
-    checkpoint recorded. Raises UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit,
-    ConfigError and UnavailableError for a model that the kernels do not cover.
+    checkpoint recorded. `random`: the weights are those of new, else zeros until they are loaded. Raises
+    UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit, ConfigError and UnavailableError
+    for a model that the kernels do not cover.
     """
 
     ahead = 1
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
-                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None) -> None:
+                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None,
+                 random: bool = False) -> None:
         super().__init__(model, config)
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
         needed = variants(model, self.storage, self.dev.fast)  # what they do not cover is refused before any allocation
         self.path = paths(model, self.storage, self.dev.fast)
         self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
-        warmup(self.dev.cache, needed)
+        with ThreadPoolExecutor(1) as pool:  # the host makes weights while the compiler makes kernels
+            flat = pool.submit(self._random_weights) if random else None
+            warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
         self.net = Model(self.dev, self.gemm, self.arena, model)
         self.staging = Staging(self.dev, self.arena, config.accumulation_steps)
         self.graphs, self.poison = graphs, poison
         self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
         self._rows = 0  # of the part that was loaded last
+        if flat is not None:
+            self._load_flat(flat.result())
 
     @classmethod
     def new(cls, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None,
             **options: Any) -> "CudaTransformerTrainer":
         """A trainer with random weights, a pure function of config.seed: the CPU trainer's."""
-        trainer = cls(model, config, device, **options)
-        flat = np.zeros(trainer.layout.size, np.float32)
-        init_params(model, config.seed, trainer.layout.views(flat))
-        trainer._load_flat(flat)
-        return trainer
+        return cls(model, config, device, random=True, **options)
 
     @classmethod
     def with_model(cls, model: TransformerConfig, arrays: dict[str, np.ndarray], config: TransformerTrainConfig,
@@ -93,6 +96,11 @@ class CudaTransformerTrainer(Trainer):
         for name, view in self.layout.views(flat).items():
             view[...] = arrays[name]
         self._load_flat(flat)
+
+    def _random_weights(self) -> np.ndarray:
+        flat = np.zeros(self.layout.size, np.float32)
+        init_params(self.model, self.config.seed, self.layout.views(flat))
+        return flat
 
     def _load_flat(self, flat: np.ndarray) -> None:
         self.dev.upload(self.arena["master"], flat)

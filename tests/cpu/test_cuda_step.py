@@ -11,6 +11,7 @@ from models import FAMILIES, random_batch, train_config
 from apr.data.batch import LMBatch
 from apr.errors import ShapeError
 from apr.train.cuda_trainer import CudaTransformerTrainer
+from apr.train.trainer import TransformerTrainer
 
 SMALL = replace(FAMILIES["qwen2"], head_dim=32)
 UNTIED = replace(SMALL, tie_word_embeddings=False)
@@ -204,3 +205,10 @@ def test_the_bias_is_in_the_product_unless_a_tap_looks_at_it(made):
     names = []
     assert biases(lambda: trainer.gradients(random_batch(0), 1.0, lambda name, array: names.append(name))) == ([], own)
     assert names.index("L00.q_linear") < names.index("L00.q_bias")
+
+
+def test_random_weights_are_the_cpu_trainers(made):
+    for model in (SMALL, UNTIED):
+        expected = TransformerTrainer.new(model, train_config()).params
+        found = made(model).params
+        assert found.keys() == expected.keys() and all(np.array_equal(found[k], v) for k, v in expected.items())
