@@ -1,8 +1,8 @@
 """The arena: every buffer of a plan, allocated once; the names, shapes and dtypes are the plan's.
 
-Each buffer is an allocation of its own, so that a memory checker sees the end of every one. `logits_buf` has phases,
-free -> logits -> dlogits -> free, and a step that reads it in the wrong one is refused: upstream's evaluation read what
-training had left in it.
+Each buffer that is no alias is an allocation of its own, so that a memory checker sees the end of it. `logits_buf` has
+phases, free -> logits -> dlogits -> free, and a step that reads it in the wrong one is refused: upstream's evaluation
+read what training had left in it. What lies in its memory may only be asked for while it is free.
 """
 
 import math
@@ -42,7 +42,8 @@ class Arena:
                 self.arrays[b.name] = dev.empty(b.shape, b.dtype)
         for b in plan.buffers:
             if b.alias is not None:
-                self.arrays[b.name] = self.arrays[b.alias].reshape(b.shape)
+                self.arrays[b.name] = self.arrays[b.alias].reshape(-1)[b.offset:b.offset + b.size].reshape(b.shape)
+        self.beside_logits = frozenset(b.name for b in plan.buffers if b.alias == "logits_buf")
         for b in plan.buffers:
             if b.role in ZEROED and b.alias is None:
                 dev.fill(self.arrays[b.name], 0)
@@ -64,6 +65,9 @@ class Arena:
 
     def _view(self, name: str, index: int | None, shape: tuple[int, ...]) -> Any:
         """Views are remembered: CuPy takes 10 microseconds to make one, and a pass needs hundreds."""
+        if self.phase != "free" and name in self.beside_logits:
+            raise ShapeError(name, "to be asked for while logits_buf is free", f"phase {self.phase}",
+                             "this is a defect of the step's order")
         view = self.views.get((name, index, shape))
         if view is None:
             if len(self.views) >= VIEWS:  # a server sees prompts of every length

@@ -61,7 +61,8 @@ def layer_views(arena: Arena, buffer: str, layout: Layout, c: TransformerConfig,
 class Batch:
     """What a pass works with: device, products, buffers, the model's shape, and this batch's B and T.
 
-    `slot`: where in the key/value cache the one sequence of the batch goes, if it goes there.
+    `slot`: where in the key/value cache the one sequence goes, if it does. `add`: gradients are added to what is in
+    `grads`; else they replace it, whatever it is.
     """
 
     dev: Device
@@ -72,6 +73,7 @@ class Batch:
     T: int
     tap: Tap | None = None
     slot: int | None = None
+    add: bool = True
 
     @property
     def N(self) -> int:
@@ -138,13 +140,12 @@ def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:
     b.look(tap_name("attn_norm", layer), norm, c.C)
     qkv = b.layer("qkv", layer, b.N, c.QKV)
     raw = b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else qkv
-    linear_forward(gemm, raw, norm, w.qkv)                                                                   # 2
+    linear_forward(gemm, raw, norm, w.qkv, w.qkv_bias if b.tap is None else None)                            # 2
     b.look_heads("qkv", "linear", layer, raw, flat=True)
-    if c.use_bias:
+    if c.use_bias and b.tap is not None:  # it sees the product alone, which is rounded for that, and once more here
         bias_forward(dev, raw, w.qkv_bias)
     b.look_heads("qkv", "bias", layer, raw)
-    cos, sin = b.arena["cos"], b.arena["sin"]
-    heads = head_norm(b, w, layer)
+    cos, sin, heads = b.arena["cos"], b.arena["sin"], head_norm(b, w, layer)
     if b.tap is not None and heads is not None:  # turned by the angle 0 of a first position: the norm alone
         aside = b.rows("dqkv", c.QKV)
         rope_forward(dev, aside, raw, heads, cos, sin, 1, c)
@@ -177,9 +178,9 @@ def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:
 
 
 def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
-    """Gradient of block_forward: `dresidual` of the layer's output becomes that of its input; dw is added to.
+    """Gradient of block_forward: `dresidual` of the layer's output becomes that of its input, gate_up its own gradient.
 
-    The layer's gate_up is overwritten by its gradient.
+    dw's matrices are set or added to (Batch.add), its vectors always added to.
     """
     c, dev, gemm = b.config, b.dev, b.gemm
     dresidual, norm, dnorm = b.rows("dresidual", c.C), b.rows("norm", c.C), b.rows("dnorm", c.C)
@@ -192,7 +193,7 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
         up = to_host(dev, gate_up)[:, c.F:]
         b.tap(tap_name("ffn_silu", layer, True), (to_host(dev, dact) * up).reshape(b.B, b.T, c.F))
     swiglu_backward(dev, gate_up, act, dact, gate_up)                                                        # 10
-    gemm.linear_dweight(dw.down, dresidual, act)                                                             # 11
+    gemm.linear_dweight(dw.down, dresidual, act, add=b.add)                                                  # 11
     b.look(tap_name("ffn_up", layer, True), gate_up, c.F, columns=slice(c.F, None))
     b.look(tap_name("ffn_gate", layer, True), gate_up, c.F, columns=slice(0, c.F))
     gemm.linear_dinp(dnorm, gate_up, w.gate_up)                                                              # 9
@@ -200,19 +201,18 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
     middle, rstd = b.residual(2 * layer + 1)
     rmsnorm_backward(dev, dresidual, dw.ffn_norm, norm, b.partial(c.C), dnorm, dresidual, middle, w.ffn_norm, rstd,
                      eps=c.rms_norm_eps)                                                                     # 8, 7
-    gemm.linear_dweight(dw.gate_up, gate_up, norm)                                                           # 9
+    gemm.linear_dweight(dw.gate_up, gate_up, norm, add=b.add)                                                # 9
 
     b.look(tap_name("attn_residual", layer, True), dresidual, c.C)
     b.look(tap_name("attn_out", layer, True), dresidual, c.C)
     atty, datty = b.layer("atty", layer, b.N, c.NH * c.HS), b.rows("datty", c.NH * c.HS)
-    linear_backward(gemm, datty, dw.o, dresidual, atty, w.o)                                                 # 6
+    linear_backward(gemm, datty, dw.o, dresidual, atty, w.o, add=b.add)                                      # 6
     b.look(tap_name("attn_heads", layer, True), datty, c.NH * c.HS)
     qkv, dqkv = b.layer("qkv", layer, b.N, c.QKV), b.rows("dqkv", c.QKV)
     attention_backward(dev, dqkv, b.arena.rows("delta", (b.B, c.NH, b.T)), datty, qkv, atty,
                        b.layer("lse", layer, b.B, c.NH, b.T), b.B, b.T, c, scale=c.HS ** -0.5)               # 5
     b.look_heads("kq", "rope", layer, dqkv, True)
-    if c.qk_norm:
-        look_turned_back(b, layer, dqkv)
+    look_turned_back(b, layer, dqkv)
     rope_backward(dev, dqkv, dw.q_norm, dw.k_norm, b.partial(2 * c.HS), dqkv,
                   b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else None, head_norm(b, w, layer),
                   b.arena["cos"], b.arena["sin"], b.T, c)                                                    # 4, 3
@@ -225,15 +225,15 @@ def block_backward(b: Batch, w: LayerViews, dw: LayerViews, layer: int) -> None:
     stream, rstd = b.residual(2 * layer)
     rmsnorm_backward(dev, dresidual, dw.attn_norm, norm, b.partial(c.C), dnorm, dresidual, stream, w.attn_norm, rstd,
                      eps=c.rms_norm_eps)                                                                     # 1
-    gemm.linear_dweight(dw.qkv, dqkv, norm)                                                                  # 2
+    gemm.linear_dweight(dw.qkv, dqkv, norm, add=b.add)                                                       # 2
 
 
 def look_turned_back(b: Batch, layer: int, dqkv: Any) -> None:
-    """Show the gradients of the normalised heads: those of the rotated ones, turned back here, on the host.
+    """Show the gradients of normalised heads: those of the rotated ones, turned back here, on the host.
 
     The kernel goes on through the norm and keeps no such result.
     """
-    if b.tap is None:
+    if b.tap is None or not b.config.qk_norm:
         return
     c, half = b.config, b.config.HS // 2
     cos, sin = (to_host(b.dev, b.arena[name])[:b.T, None, :] for name in ("cos", "sin"))

@@ -19,24 +19,31 @@ from apr.params import layout
 
 SIZES = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "i64": 8, "u8": 1}
 STORAGE = {"fp32": "f32", "bf16": "bf16"}  # floatX of each precision
-LOGITS_BYTES = 5 << 29  # the head works on as many rows at a time as fit in this (2.5 GiB)
+LOGITS_BYTES = 5 << 28  # the head works on as many rows at a time as fit in this (1.25 GiB)
 WORKSPACE = 32 << 20  # bytes that cuBLASLt may use on Hopper; its best products want all of it
 PARTS = 1024  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
 SCORE_ROWS = 128  # rows of logits at a time where a prompt's scores are asked for
 PREFILL = {"residual", "rstd", "qkv", "qkv_raw", "head_rstd", "atty", "lse", "gate_up", "final_norm", "norm", "branch",
            "act", "logits_buf", "dqkv", "cos", "sin", "ids", "workspace"}  # of training's, with one layer of acts
+# Scratch of the layers: nothing of it is alive between a forward pass and the layers' backward pass, and logits_buf is
+# alive just there. So it lies in logits_buf, in this order, as far as there is room.
+BESIDE_LOGITS = ("act", "dqkv", "norm", "datty", "dresidual")
 STATS = 4  # float64 that a step reads back: sum of losses, gradient norm, applied, updates so far
 
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """A buffer: shape in elements, dtype f32, bf16, i32, f64 or u8; `alias` names the buffer whose memory it shares."""
+    """A buffer: shape in elements, dtype f32, bf16, i32, f64 or u8.
+
+    `alias` names the buffer whose memory it shares, of the same dtype, from that one's element `offset` on.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     role: str
     alias: str | None = None
+    offset: int = 0
 
     @property
     def size(self) -> int:
@@ -85,7 +92,7 @@ def plan(config: TransformerConfig, B: int, T: int, precision: str) -> Plan:
     if not 1 <= B <= 65535 or 2**31 // max(1, config.NH) <= B * T:
         raise ConfigError("batch_size", "a batch whose rows the kernels can count", f"{B} x {T}", "lower --batch-size")
     rows = logits_rows(B * T, config.Vp * SIZES[STORAGE[precision]])
-    return Plan(config, B, T, precision, rows, tuple(_buffers(config, B, T, STORAGE[precision], rows)))
+    return Plan(config, B, T, precision, rows, tuple(_shared(list(_buffers(config, B, T, STORAGE[precision], rows)))))
 
 
 def inference_plan(config: TransformerConfig, B: int, S: int, precision: str, bests: int, partial: int) -> Plan:
@@ -118,6 +125,22 @@ def logits_rows(N: int, row_bytes: int) -> int:
     """Rows of logits at a time: all N, or equal parts of at most LOGITS_BYTES, in multiples of 128 rows."""
     parts = -(-N * row_bytes // LOGITS_BYTES)
     return N if parts == 1 else min(N, -(-N // parts // 128) * 128)
+
+
+def _shared(buffers: list[BufferSpec]) -> Iterator[BufferSpec]:
+    """The buffers, those of BESIDE_LOGITS in logits_buf where there is room, each from a multiple of 256 bytes on."""
+    room = next(b for b in buffers if b.name == "logits_buf").size
+    places, end = dict[str, int](), 0
+    for b in sorted((b for b in buffers if b.name in BESIDE_LOGITS), key=lambda b: BESIDE_LOGITS.index(b.name)):
+        if end + b.size <= room:
+            places[b.name], end = end, end + -(-b.size // 128) * 128
+    for b in buffers:
+        if b.name in places:
+            yield replace(b, alias="logits_buf", offset=places[b.name])
+        elif b.alias in places:  # dact is act's: an alias is of memory, not of another alias
+            yield replace(b, alias="logits_buf", offset=places[b.alias])
+        else:
+            yield b
 
 
 def _buffers(c: TransformerConfig, B: int, T: int, X: str, rows: int) -> Iterator[BufferSpec]:

@@ -120,6 +120,30 @@ class Device:
         with self.errors("copy to the GPU"):
             array.set(values.reshape(array.shape), stream=self.stream)
 
+    def send(self, array: Any, pinned: np.ndarray) -> None:
+        """Copy pinned memory of the same size to the GPU, in the order of the stream: it must stay as it is until then.
+        """
+        with self.errors("copy to the GPU"):
+            array.data.copy_from_host_async(pinned.ctypes.data, pinned.nbytes, self.stream)
+
+    def fetch(self, pinned: np.ndarray, array: Any) -> None:
+        """Copy an array to pinned memory of the same size, in the order of the stream: wait(mark()) before it is read.
+        """
+        with self.errors("copy from the GPU"):
+            array.data.copy_to_host_async(pinned.ctypes.data, array.nbytes, self.stream)
+
+    def mark(self) -> Any:
+        """A mark behind everything that is on the stream, for `wait`."""
+        with self.errors("mark on the stream"):
+            event = self.cupy.cuda.Event(disable_timing=True)
+            event.record(self.stream)
+        return event
+
+    def wait(self, mark: Any) -> None:
+        """Wait for everything before a mark. Raises DeviceFault."""
+        with self.errors("waiting for the GPU"):
+            mark.synchronize()
+
     def download(self, array: Any) -> np.ndarray:
         """Copy from the GPU and wait; bf16 comes as uint16. Raises DeviceFault."""
         with self.errors("copy from the GPU"):

@@ -4,19 +4,17 @@ Arrays are row-major and weights are [out, in], as Hugging Face stores them; the
 product is handed to it transposed, which costs nothing. bf16 operands are summed in float32; float32 ones too, with
 TF32 off. Sums that are split over K are only allowed in float32.
 
-    linear            out  = inp · weightᵀ          (N, O) = (N, I) (O, I)
+    linear            out  = inp · weightᵀ + bias   (N, O) = (N, I) (O, I) + (O,), with a bias or without; rounded once
     linear_dinp       dinp = dout · weight          (N, I) = (N, O) (O, I)
-    linear_dweight    dweight += doutᵀ · inp        (O, I) = (N, O) (N, I), float32
+    linear_dweight    dweight (+)= doutᵀ · inp      (O, I) = (N, O) (N, I), float32; set, or added to
 
 Which algorithm runs decides the last bits, so it is data: a table that ships with the package for a GPU and a version
-of the library, else the library's first candidate. `choices` says what ran; checkpoints keep it.
+of the library, else the library's first candidate. An algorithm does not depend on beta, so a product with beta 0 that
+has no entry takes that of the same product with beta 1. `choices` says what ran; checkpoints keep it.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cffi
@@ -24,16 +22,15 @@ import numpy as np
 
 from apr import driver
 from apr.device import Device
-from apr.errors import AprError, KernelError, LaunchError, UnavailableError
+from apr.errors import KernelError, LaunchError, UnavailableError
+from apr.gemm_table import ALGO_BYTES, algorithm, read_table
 
-TABLES = Path(__file__).parent / "gemm_tables"
 CANDIDATES = 16
 R_32F, R_16BF, COMPUTE_32F = 0, 14, 68  # cudaDataType_t, cublasComputeType_t
 KINDS: dict[int, np.dtype[Any]] = {R_32F: np.dtype(np.float32), R_16BF: np.dtype(np.uint16)}
-TRANSA, TRANSB, WORKSPACE_BYTES, REDUCTION_MASK = 3, 4, 1, 3  # attributes
+TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, WORKSPACE_BYTES, REDUCTION_MASK = 3, 4, 7, 8, 1, 3  # attributes
+EPILOGUE_BIAS = 4  # CUBLASLT_EPILOGUE_BIAS: a vector of D's type is added to its columns, which are our rows
 SPLIT_IN_FLOAT = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; never OUTPUT_TYPE, which would round partial sums to bf16
-ALGO_BYTES = 64
-HEX = re.compile(rf"[0-9a-f]{{{2 * ALGO_BYTES}}}")
 
 _ffi = cffi.FFI()
 _ffi.cdef("""
@@ -59,7 +56,10 @@ int cublasLtMatmul(void *handle, void *desc, const void *alpha, uintptr_t A, voi
 
 @dataclass(frozen=True)
 class Shape:
-    """A product as the library sees it, column-major: D (m, n) = op(A) op(B) + beta D, and the types of in and out."""
+    """A product as the library sees it, column-major: D (m, n) = op(A) op(B) + beta D, and the types of in and out.
+
+    `bias`: a vector (m,) of D's type is added.
+    """
 
     m: int
     n: int
@@ -68,12 +68,13 @@ class Shape:
     transpose_b: bool
     inputs: int
     output: int
+    bias: bool = False
 
     def name(self, beta: float) -> str:
-        """Its key in tables: "1152x16384x896-TN-bf16-bf16-0"."""
+        """Its key in tables: "1152x16384x896-TN-bf16-bf16-0", with a bias "1152x16384x896-TN-bf16-bf16-0-bias"."""
         letters = "".join("T" if t else "N" for t in (self.transpose_a, self.transpose_b))
         kinds = "-".join("bf16" if t == R_16BF else "f32" for t in (self.inputs, self.output))
-        return f"{self.m}x{self.n}x{self.k}-{letters}-{kinds}-{beta:g}"
+        return f"{self.m}x{self.n}x{self.k}-{letters}-{kinds}-{beta:g}{'-bias' * self.bias}"
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Gemm:
         self.dev, self.workspace, self.library = dev, workspace, _ffi.dlopen(str(path))
         self.version = int(self.library.cublasLtGetVersion())
         self.handle = self._made("cublasLtCreate")
-        self.one, self.zero = _ffi.new("float *", 1.0), _ffi.new("float *", 0.0)
+        self.one, self.zero, self.address = _ffi.new("float *", 1.0), _ffi.new("float *", 0.0), _ffi.new("uintptr_t *")
         self.products: dict[tuple[Shape, float], Product] = {}
         same = chosen and (chosen["gpu"], chosen["cublaslt"]) == (dev.name, self.version)
         self.table = {**read_table(dev.name, self.version), **(chosen["algorithms"] if chosen and same else {})}
@@ -111,31 +112,40 @@ class Gemm:
         """GPU, library and the algorithm of every product so far, as 64 bytes in hex."""
         return {"gpu": self.dev.name, "cublaslt": self.version, "algorithms": dict(self.choices)}
 
-    def linear(self, out: Any, inp: Any, weight: Any) -> None:
-        """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
+    def linear(self, out: Any, inp: Any, weight: Any, bias: Any = None) -> None:
+        """out (N, O) = inp (N, I) · weightᵀ + bias, weight (O, I), bias (O,) or None; all of one storage type."""
         (n, i), o = inp.shape, weight.shape[0]
-        self.multiply(out, weight, inp, Shape(o, n, i, True, False, _kind(inp), _kind(out)), 0.0)
+        shape = Shape(o, n, i, True, False, _kind(inp), _kind(out), bias is not None)
+        self.multiply(out, weight, inp, shape, 0.0, bias)
 
     def linear_dinp(self, dinp: Any, dout: Any, weight: Any) -> None:
         """dinp (N, I) = dout (N, O) · weight (O, I); all of one storage type."""
         (n, o), i = dout.shape, weight.shape[1]
         self.multiply(dinp, weight, dout, Shape(i, n, o, False, False, _kind(dout), _kind(dinp)), 0.0)
 
-    def linear_dweight(self, dweight: Any, dout: Any, inp: Any) -> None:
-        """dweight (O, I) f32 += doutᵀ · inp; dout (N, O), inp (N, I) of one storage type."""
-        (n, o), i = dout.shape, inp.shape[1]
-        self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0)
+    def linear_dweight(self, dweight: Any, dout: Any, inp: Any, *, add: bool) -> None:
+        """dweight (O, I) f32 += doutᵀ · inp, or = where `add` is False, and then what was there is not read.
 
-    def multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float) -> None:
-        """A product as the library sees it: out = op(a) op(b) + beta out. Raises LaunchError for what does not fit."""
+        dout (N, O), inp (N, I) of one storage type.
+        """
+        (n, o), i = dout.shape, inp.shape[1]
+        self.multiply(dweight, inp, dout, Shape(i, o, n, False, True, _kind(inp), R_32F), 1.0 if add else 0.0)
+
+    def multiply(self, out: Any, a: Any, b: Any, shape: Shape, beta: float, bias: Any = None) -> None:
+        """A product as the library sees it: out = op(a) op(b) + beta out (+ bias).
+
+        Raises LaunchError for what does not fit.
+        """
         s = shape
-        for name, array, size, kind in (("a", a, s.m * s.k, s.inputs), ("b", b, s.n * s.k, s.inputs),
-                                        ("out", out, s.m * s.n, s.output)):
+        given = [("a", a, s.m * s.k, s.inputs), ("b", b, s.n * s.k, s.inputs), ("out", out, s.m * s.n, s.output)]
+        for name, array, size, kind in [*given, ("bias", bias, s.m, s.output)] if s.bias else given:
             if array.size != size or array.dtype != KINDS[kind] or not array.flags.c_contiguous:
                 raise LaunchError(f"matrix product {s.name(beta)}: {name}",
                                   f"{size} contiguous elements of {KINDS[kind].name}",
                                   f"{array.size} of {array.dtype}", "correct the operands")
-        product = self.products.get((shape, beta)) or self._prepare(shape, beta)
+        product = self.products.get((shape, beta)) or self._prepare(shape, beta, bias)
+        if s.bias:
+            self._point(product.desc, bias)
         la, lb, ld = product.layouts
         to = out.data.ptr
         self._check(self.library.cublasLtMatmul(
@@ -144,16 +154,23 @@ class Gemm:
             product.name)
         self.dev.launched(product.name)
 
-    def _prepare(self, shape: Shape, beta: float) -> Product:
+    def _point(self, desc: Any, bias: Any) -> None:
+        """Make `bias` what the next product with this descriptor adds.
+
+        A descriptor is the host's memory: the library reads it within the call and passes the address on among the
+        kernel's arguments, which a launch copies, and so does a graph that records it. So layers may share one.
+        """
+        self.address[0] = bias.data.ptr
+        self._check(self.library.cublasLtMatmulDescSetAttribute(desc, BIAS_POINTER, self.address, 8), "bias")
+
+    def _prepare(self, shape: Shape, beta: float, bias: Any) -> Product:
         """Descriptors of a product and its algorithm: the recorded or tabled one, else the library's first."""
-        desc, layouts = self._describe(shape)
+        desc, layouts = self._describe(shape, bias)
         name = shape.name(beta)
         algo = _ffi.new("algo_t *")
-        if name in self.table:
-            if not HEX.fullmatch(self.table[name]):
-                raise KernelError(f"algorithm of {name}", f"{ALGO_BYTES} bytes in hex", repr(self.table[name])[:60],
-                                  "correct the table of products, or the checkpoint")
-            _ffi.memmove(algo, bytes.fromhex(self.table[name]), ALGO_BYTES)
+        given = self.table.get(name) or (self.table.get(shape.name(1.0)) if beta == 0.0 else None)
+        if given is not None:
+            _ffi.memmove(algo, algorithm(name, given), ALGO_BYTES)
             self._check(self.library.cublasLtMatmulAlgoCheck(self.handle, desc, layouts[0], layouts[1], layouts[2],
                                                              layouts[2], algo, _ffi.new("result_t *")), name)
         else:
@@ -162,11 +179,14 @@ class Gemm:
         product = self.products[shape, beta] = Product(desc, layouts, algo, name)
         return product
 
-    def _describe(self, s: Shape) -> tuple[Any, tuple[Any, Any, Any]]:
+    def _describe(self, s: Shape, bias: Any = None) -> tuple[Any, tuple[Any, Any, Any]]:
         desc = self._made("cublasLtMatmulDescCreate", COMPUTE_32F, R_32F)
-        for attribute, transposed in ((TRANSA, s.transpose_a), (TRANSB, s.transpose_b)):
-            self._check(self.library.cublasLtMatmulDescSetAttribute(desc, attribute, _ffi.new("int *", int(transposed)),
-                                                                    4), "transposition")
+        values = {TRANSA: int(s.transpose_a), TRANSB: int(s.transpose_b)}
+        for attribute, value in (values | {EPILOGUE: EPILOGUE_BIAS} if s.bias else values).items():
+            self._check(self.library.cublasLtMatmulDescSetAttribute(desc, attribute, _ffi.new("int *", value), 4),
+                        "transposition or bias")
+        if s.bias:  # the candidates depend on how it is aligned
+            self._point(desc, bias)
         a = (s.k, s.m) if s.transpose_a else (s.m, s.k)
         b = (s.n, s.k) if s.transpose_b else (s.k, s.n)
         layouts = [self._made("cublasLtMatrixLayoutCreate", kind, rows, columns, rows)
@@ -190,9 +210,9 @@ class Gemm:
         # copies: a member of `results` is a pointer into memory that goes with it
         return [_ffi.new("algo_t *", results[i].algo) for i in range(found[0]) if results[i].state == 0]
 
-    def tune(self, shape: Shape, beta: float, run: Any) -> list[tuple[float, str]]:
+    def tune(self, shape: Shape, beta: float, run: Any, bias: Any = None) -> list[tuple[float, str]]:
         """Milliseconds and algorithm of each candidate, the library's first one first; `run()` times the product."""
-        desc, layouts = self._describe(shape)
+        desc, layouts = self._describe(shape, bias)
         timed = []
         for algo in self.candidates(desc, layouts, shape.name(beta), CANDIDATES):
             self.products[shape, beta] = Product(desc, layouts, algo, shape.name(beta))
@@ -216,19 +236,3 @@ class Gemm:
 
 def _kind(array: Any) -> int:
     return R_16BF if array.dtype == np.uint16 else R_32F
-
-
-def table_path(gpu: str, version: int) -> Path:
-    """Where the choices for a GPU and a version of the library are kept."""
-    return TABLES / f"{gpu.lower().replace(' ', '-')}-cublaslt-{version}.json"
-
-
-def read_table(gpu: str, version: int) -> dict[str, str]:
-    """The shipped choices for a GPU and a version of the library; empty where none were made."""
-    path = table_path(gpu, version)
-    if not path.is_file():
-        return {}
-    try:
-        return {str(k): str(v) for k, v in json.loads(path.read_text())["algorithms"].items()}
-    except (ValueError, KeyError, AttributeError) as e:
-        raise AprError(str(path), "a table of algorithms", str(e), "reinstall apr") from None

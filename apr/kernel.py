@@ -173,6 +173,11 @@ def fast_paths(arch: str, off: str = "") -> frozenset[str]:
     return frozenset(op for op, needed in FAST_PATHS.items() if arch == needed) - named
 
 
+def is_fast(op: str, spec: KernelSpec) -> bool:
+    """Whether a kernel is of the op's fast path: by its file, attention_sm90.cu, or entry, cross_entropy_cluster_…"""
+    return spec.source == f"{op}_sm90.cu" or spec.entry.startswith(f"{op}_cluster")
+
+
 def blocks(work: int, each: int) -> int:
     """How many blocks of `each` cover `work`."""
     return -(-work // each)

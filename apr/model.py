@@ -3,6 +3,10 @@
 The head works on `plan.rows` rows of logits at a time: scores, losses, their gradient over them, and both products of
 the gradient, before the next rows; so backward through the head is part of `model_loss`. A tied head is the embedding
 table itself: one buffer, and one gradient that both uses add to.
+
+A step's first part sets the gradients and the others add to them (Batch.add), so that no memory is cleared which a
+product writes anyway: the vectors, whose kernels always add, and an untied table, of which only the rows of tokens that
+occur are written, are what is cleared.
 """
 
 from typing import Any
@@ -45,12 +49,13 @@ class Model:
         """A parameter as the kernels read it, copied to the host: float32, or bfloat16 bit for bit."""
         return stored(self.dev, self.arena.part("params", self.layout.offset(spec.name), spec.shape))
 
-    def batch(self, B: int, T: int, tap: Tap | None = None, slot: int | None = None) -> Batch:
+    def batch(self, B: int, T: int, tap: Tap | None = None, slot: int | None = None, add: bool = True) -> Batch:
         """What the passes over B sequences of T tokens work with; `ids`, `targets` … hold the batch.
 
-        With `slot` (then B is 1) forward leaves the keys and values in the cache, as those of that sequence.
+        With `slot` (then B is 1) forward leaves the keys and values in the cache, as those of that sequence. `add`
+        False: the gradients are set, whatever is in `grads`.
         """
-        return Batch(self.dev, self.gemm, self.arena, self.config, B, T, tap, slot)
+        return Batch(self.dev, self.gemm, self.arena, self.config, B, T, tap, slot, add)
 
     def forward(self, b: Batch) -> None:
         """From `ids` to `final_norm`."""
@@ -80,10 +85,12 @@ class Model:
         self._add_losses(b)
 
     def losses_and_gradients(self, b: Batch) -> None:
-        """As `losses`, and the gradient of step[0] (dloss) times that sum is added to `grads`."""
+        """As `losses`, and the gradient of step[0] (dloss) times that sum is added to `grads`, or set (Batch.add)."""
         c, arena = self.config, self.arena
         weight, dweight = self.matrix("params", self.head), self.matrix("grads", self.head)
         final, dfinal = b.rows("final_norm", c.C), b.rows("dnorm", c.C)
+        if not b.add:
+            self._clear()
         for start, stop in self._chunks(b):
             arena.enter("logits")
             logits = self._scores(b, start, stop)
@@ -94,7 +101,8 @@ class Model:
                                            self._row(b, "targets", start, stop), arena["step"][:1], c.V)
             if b.tap is not None:
                 self._tap_rows(b, tap_name("logits", grad=True), logits)
-            linear_backward(self.gemm, dfinal[start:stop], dweight, logits, final[start:stop], weight)
+            linear_backward(self.gemm, dfinal[start:stop], dweight, logits, final[start:stop], weight,
+                            add=b.add or start > 0)
             arena.enter("free")
         self._add_losses(b)
         b.look(tap_name("final_norm", grad=True), dfinal, c.C)
@@ -108,6 +116,13 @@ class Model:
         b.look(tap_name("embedding", grad=True), b.rows("dresidual", c.C), c.C)
         embedding_backward(self.dev, self.matrix("grads", EMBED), b.rows("dresidual", c.C), arena.rows("ids", (b.N,)),
                            arena.rows("order", (b.N,)), arena.rows("runs", (b.N + 1,)))
+
+    def _clear(self) -> None:
+        """Zero the gradients that are only ever added to: the vectors, which lie together, and an untied table."""
+        end = self.layout.decay_end
+        self.dev.fill(self.arena["grads"][end:], 0)
+        if self.head != EMBED:
+            self.dev.fill(self.matrix("grads", EMBED), 0)
 
     def _chunks(self, b: Batch) -> list[tuple[int, int]]:
         rows = self.arena.plan.rows

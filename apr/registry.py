@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from apr.config import TransformerConfig
-from apr.kernel import Baked, KernelSpec
+from apr.kernel import FAST_PATHS, Baked, KernelSpec, is_fast
 from apr.ops import (
     adamw,
     attention,
@@ -56,6 +56,29 @@ def inference_variants(config: TransformerConfig, storage: str, B: int,
         ([decode_linear.HEAD], linear_of(B, c.V, c.C, eps, storage)),
         (sampling.SPECS, sampling.sampling_baked(c, B, decode_linear.head_blocks(c, B, storage), storage)),
     ])
+
+
+def paths(config: TransformerConfig, storage: str, fast: frozenset[str]) -> dict[str, str]:
+    """The path of each op that has a fast one, in training: "general", or the architecture that its fast path is for.
+
+    An op that is "general" on that architecture is one whose fast path does not cover the model, or was turned off.
+    Raises as variants.
+    """
+    return _paths(variants(config, storage, fast))
+
+
+def inference_paths(config: TransformerConfig, storage: str, B: int, fast: frozenset[str]) -> dict[str, str]:
+    """The same in generation, of the ops that it has. Raises as variants."""
+    return _paths(inference_variants(config, storage, B, fast))
+
+
+def _paths(needed: list[Variant]) -> dict[str, str]:
+    out = {}
+    for op, arch in FAST_PATHS.items():
+        own = [spec for spec, _ in needed if spec.source.startswith((f"{op}.", f"{op}_"))]
+        if own:
+            out[op] = arch if any(is_fast(op, spec) for spec in own) else "general"
+    return out
 
 
 def _forward(c: TransformerConfig, storage: str, fast: frozenset[str]) -> list[Variant]:

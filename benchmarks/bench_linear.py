@@ -59,7 +59,7 @@ def product(which: str, name: str, rows: int, width: int, out_width: int, X: str
             return Work(lambda: b.gemm.linear_dinp(inp, out, weight), lambda p: eager(
                 p.torch.matmul, *p.tensors(out, weight)))
         dweight = b.random((out_width, width), "f32")
-        return Work(lambda: b.gemm.linear_dweight(dweight, out, inp), lambda p: eager(
+        return Work(lambda: b.gemm.linear_dweight(dweight, out, inp, add=True), lambda p: eager(
             p.torch.matmul, p.tensor(out).t(), p.tensor(inp)))
     moved = dweight_bytes if which == "dweight" else forward_bytes
     return Case(f"{which} {name}", X, moved(rows, width, out_width, BYTES[X]), flops(rows, width, out_width), setup,

@@ -7,7 +7,8 @@
     python benchmarks/bench_step.py --sweep length|batch [--peer]      our rate, and memory beside the plan, by shape
 
 Both sides train the same model on the same random tokens, in bf16 with float32 master weights, in turns: a round is
-`steps` steps of ours, then of the peer. The median of the rounds counts, with p20 and p80. `--mode best` takes torch in
+`steps` steps of ours, then of the peer; both read a step's loss and norm when the next one has been started, and the
+last ones at the end of the round. The median of the rounds counts, with p20 and p80. `--mode best` takes torch in
 two modes, one after the other, each in turns with ours, and the faster is the peer of the row; every mode's rate is
 kept. `--mode default --rounds 3 --steps 4 --no-groups` is quick: it compiles once, which is most of a row's time.
 

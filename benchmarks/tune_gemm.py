@@ -19,7 +19,8 @@ import numpy as np
 from apr.config import TransformerTrainConfig
 from apr.data.batch import LMBatch
 from apr.device import Device
-from apr.gemm import R_16BF, Gemm, Shape, table_path
+from apr.gemm import R_16BF, Gemm, Shape
+from apr.gemm_table import table_path
 from apr.presets import preset
 from apr.train.cuda_trainer import CudaTransformerTrainer
 
@@ -27,10 +28,13 @@ ROUNDS, GAIN = 7, 0.99
 
 
 def shapes_of(dev: Device, name: str, batch: int, length: int) -> list[tuple[Shape, float]]:
-    """Every product of a training step and of an evaluation, in bf16."""
+    """Every product of a training step and of an evaluation, in bf16.
+
+    Two micro-batches: the first sets the gradients (beta 0), the second adds to them (beta 1).
+    """
     config = TransformerTrainConfig(batch_size=batch, max_seq_len=length, precision="bf16")
     trainer = CudaTransformerTrainer(preset(name), config, dev, graphs=False)
-    trainer.train_batch(LMBatch.from_rows(np.zeros((batch, length + 1), np.int32)), 0.0)
+    trainer.train_batch([LMBatch.from_rows(np.zeros((batch, length + 1), np.int32))] * 2, 0.0)
     return list(trainer.gemm.products)
 
 
@@ -71,9 +75,9 @@ def main() -> None:
     for shape, beta in products:
         s = shape
         a, b = (random_array(dev, size, s.inputs) for size in (s.m * s.k, s.n * s.k))
-        out = random_array(dev, s.m * s.n, s.output)
-        timed = gemm.tune(s, beta, lambda a=a, b=b, out=out, s=s, beta=beta: milliseconds(
-            dev, lambda: gemm.multiply(out, a, b, s, beta)))
+        out, bias = random_array(dev, s.m * s.n, s.output), random_array(dev, s.m, s.output) if s.bias else None
+        timed = gemm.tune(s, beta, lambda a=a, b=b, out=out, s=s, beta=beta, bias=bias: milliseconds(
+            dev, lambda: gemm.multiply(out, a, b, s, beta, bias)), bias)
         first, (best, algo) = timed[0][0], min(timed)
         if best < GAIN * first:
             table[s.name(beta)], gained = algo, gained + first - best

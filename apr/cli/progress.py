@@ -20,6 +20,12 @@ def print_json(event: Event) -> None:
     print(to_line(event), flush=True)
 
 
+def kernels(event: Event) -> str:
+    """Which kernels run where there are several: "; kernels: attention general", or nothing."""
+    taken = ", ".join(f"{op} {path}" for op, path in event.get("path", {}).items())
+    return taken and f"; kernels: {taken}"
+
+
 @contextmanager
 def counting(what: str, total: int) -> Iterator[Callable[[str], None]]:
     """A function to call once for each of `total` things; on a terminal a bar on stderr shows how many are done."""
@@ -60,7 +66,7 @@ class Display:
             self.steps = event["max_steps"]
             made_up = " with made-up losses (--synthetic)" if event["synthetic"] else ""
             self.warn(f"training on {event['device']}{made_up}: {event['max_steps']} steps "
-                      f"of {event['tokens_per_step']} tokens")
+                      f"of {event['tokens_per_step']} tokens{kernels(event)}")
         elif kind == "step":
             self._step(event)
         elif kind == "eval":
@@ -69,7 +75,7 @@ class Display:
         elif kind == "note":
             self.warn(event["text"])
         elif kind == "resume":
-            self.warn(f"resumed from {event['checkpoint']}")
+            self.warn(f"resumed from {event['checkpoint']}{kernels(event)}")
 
     def _step(self, event: Event) -> None:
         numbers = f"loss {event['train_loss']:.4f} lr {event['lr']:.1e} {event['tokens_per_sec']:,.0f} tok/s"

@@ -103,7 +103,8 @@ def _context(args: argparse.Namespace, config: TransformerConfig, longest: int) 
 def _facts(path: Path, source: ModelSource, prompter: Prompter, engine: Engine) -> dict[str, Any]:
     return {"model": str(path), "format": source.format, "family": source.config.hf_model_type,
             "parameters": parameter_count(source.config), "tokenizer_sha256": prompter.tokenizer.sha256,
-            "device": engine.device, "precision": engine.precision, "gate": dict(engine.gate)}
+            "device": engine.device, "precision": engine.precision, "path": dict(engine.path),
+            "gate": dict(engine.gate)}
 
 
 def _say(line: str) -> None:

@@ -27,7 +27,7 @@ from apr.infer.engine import Engine, check_prompts
 from apr.model import Model
 from apr.ops.decode_attention import partial_size
 from apr.ops.decode_linear import head_blocks
-from apr.registry import inference_variants, warmup
+from apr.registry import inference_paths, inference_variants, warmup
 from apr.taps import Tap
 
 AHEAD = 8  # steps launched before the first of them is read
@@ -53,6 +53,7 @@ class CudaEngine(Engine):
         self.S, self.device, storage = S, f"cuda:{device.ordinal}", STORAGE[precision]
         self.gate: Mapping[str, Any] = {"status": "not run", "reason": "the engine was not made by apr.load or apr run"}
         needed = inference_variants(self.config, storage, self.B, device.fast)
+        self.path = inference_paths(self.config, storage, self.B, device.fast)
         bests = head_blocks(self.config, self.B, storage)
         self.arena = Arena(device, inference_plan(self.config, self.B, S, precision, bests,
                                                   partial_size(self.config, self.B)))

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ class Engine(ABC):
     S: int
     device: str  # cpu or cuda:N
     precision: str  # fp32 or bf16
+    path: Mapping[str, str] = MappingProxyType({})  # of each op with a fast path, which one is taken (registry.paths)
     gate: Mapping[str, Any]  # what the start gate found: status (not run, passed, remembered, skipped) and its figures
 
     @abstractmethod

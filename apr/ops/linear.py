@@ -21,9 +21,9 @@ def linear_baked(width: int, storage: str) -> Baked:
     return {"FLOATX": storage, "O": width}
 
 
-def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any) -> None:
-    """out (N, O) = inp (N, I) · weightᵀ, weight (O, I); all of one storage type."""
-    gemm.linear(out, inp, weight)
+def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any, bias: Any = None) -> None:
+    """out (N, O) = inp (N, I) · weightᵀ, weight (O, I), + bias (O,) before it is rounded; all of one storage type."""
+    gemm.linear(out, inp, weight, bias)
 
 
 def bias_forward(dev: Device, out: Any, bias: Any) -> None:
@@ -33,10 +33,13 @@ def bias_forward(dev: Device, out: Any, bias: Any) -> None:
     dev.launch(BIAS_FORWARD, linear_baked(o, floatx(out)), (grid,), (256,), (out, bias, np.int32(n)))
 
 
-def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any) -> None:
-    """Gradient of linear_forward: dinp (N, I) =, dweight (O, I) f32 +=; dout (N, O), inp, weight as in forward."""
+def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any, *, add: bool) -> None:
+    """Gradient of linear_forward: dinp (N, I) =, dweight (O, I) f32 +=, or = where `add` is False.
+
+    dout (N, O), inp, weight as in forward.
+    """
     gemm.linear_dinp(dinp, dout, weight)
-    gemm.linear_dweight(dweight, dout, inp)
+    gemm.linear_dweight(dweight, dout, inp, add=add)
 
 
 def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:

@@ -36,8 +36,23 @@ Say = Callable[[str], None]
 
 def paths(model: TransformerConfig, precision: str, dev: Device) -> Mapping[str, str]:
     """Which path each op that has a fast one takes with this model on this GPU."""
-    found: Mapping[str, str] = registry.paths(model, STORAGE[precision], dev.fast)  # type: ignore[attr-defined]
-    return found
+    return registry.paths(model, STORAGE[precision], dev.fast)
+
+
+def seconds_a_step(start: Callable[[Any], Callable[[], Any]], batches: Sequence[Any]) -> float:
+    """Of one step, by the clock: `start(batch)` starts it, and what that returns waits for its loss and norm.
+
+    A step's numbers are read when the next one has been started, as the training loop does; the last one's at the end.
+    """
+    begin, read = time.perf_counter(), None
+    for batch in batches:
+        following = start(batch)
+        if read is not None:
+            read()
+        read = following
+    if read is not None:
+        read()
+    return (time.perf_counter() - begin) / len(batches)
 
 
 def used(dev: Device) -> int:
@@ -80,7 +95,7 @@ class OurStep:
                  steps: int = 5, weights: dict[str, np.ndarray] | None = None) -> None:
         self.dev, self.model, self.batch, self.length, self.precision = dev, model, batch, length, precision
         config, make = train_config(batch, length, precision), CudaTransformerTrainer
-        self.batches = random_batches(model, batch, length, steps)
+        self.batches, self.lr = random_batches(model, batch, length, steps), config.lr
         gc.collect()  # what a trainer before this one held
         before = used(dev)
         self.trainer = make.new(model, config, dev) if weights is None else make.with_model(model, weights, config, dev)
@@ -91,10 +106,7 @@ class OurStep:
 
     def round(self) -> float:
         """Seconds of a step, over one round, by the clock: with sorting ids, uploads and the reading of the loss."""
-        start = time.perf_counter()
-        for b in self.batches:
-            self.trainer.train_batch(b)
-        return (time.perf_counter() - start) / len(self.batches)
+        return seconds_a_step(lambda batch: self.trainer.start_batch(batch, self.lr).result, self.batches)
 
     def memory(self) -> Row:
         """GiB as measured and as planned, and how far off the plan is."""

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,31 @@ class StepStats:
     applied: bool
 
 
-class Trainer(ABC):
-    """A trainer of a decoder. `step` counts the updates applied; arrays go by their Hugging Face names.
+Numbers = tuple[float, float, bool]  # of a step: the sum of losses, the gradient norm, whether it was applied
 
-    Raises ConfigError when the sequence is longer than the model's positions.
+
+class StartedStep:
+    """A step that was started. `stats` is None until it is finished, which `wait` brings nearer."""
+
+    def __init__(self, wait: Callable[[], object] = lambda: None, stats: StepStats | None = None) -> None:
+        self.wait, self.stats = wait, stats
+
+    def result(self) -> StepStats:
+        """What the step did; waits for it, and for those started before it. Raises DeviceFault."""
+        while self.stats is None:
+            self.wait()
+        return self.stats
+
+
+class Trainer(ABC):
+    """A trainer of a decoder. Arrays go by their Hugging Face names.
+
+    `step` counts the updates applied and `last_stats` is of the last step, as far as steps are finished: up to `ahead`
+    of them may be under way when another is started. Raises ConfigError when the sequence is longer than the model's
+    positions.
     """
+
+    ahead = 0
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig) -> None:
         require("max_seq_len", config.max_seq_len, f"at most max_position_embeddings ({model.max_position_embeddings})",
@@ -46,6 +67,8 @@ class Trainer(ABC):
         self.model, self.config, self.layout = model, config, layout(model)
         self.step = 0
         self.last_stats: StepStats | None = None
+        self.path: dict[str, str] = {}  # of each op with a fast path, which one is taken (registry.paths)
+        self._under_way: deque[tuple[StartedStep, Callable[[], StepStats]]] = deque()
 
     def train_batch(self, batch: LMBatch | Sequence[LMBatch], lr: float | None = None) -> float:
         """One optimizer step on a batch, or on several micro-batches; returns the mean loss in nats per token.
@@ -53,22 +76,45 @@ class Trainer(ABC):
         `lr` None means the schedule's at `step`. With no counted target, or a loss or norm that is not finite, nothing
         is applied; `last_stats` says so and the loss is returned as it is (NaN for no target).
         """
+        return self.start_batch(batch, lr).result().loss
+
+    def start_batch(self, batch: LMBatch | Sequence[LMBatch], lr: float | None = None) -> StartedStep:
+        """Start the step that train_batch makes; a GPU goes on with it while the host prepares the next.
+
+        An `lr` of None waits for the steps under way, which decide `step`. Raises ShapeError before anything is sent.
+        """
         micro = [batch] if isinstance(batch, LMBatch) else list(batch)
         tokens = sum(b.num_tokens for b in micro)
+        self.finish(keep=0 if lr is None or tokens == 0 else self.ahead)
         applied_lr = lr_at(self.config, self.step) if lr is None else lr
+        started = StartedStep(lambda: self.finish(keep=len(self._under_way) - 1))
         if tokens == 0:
-            self.last_stats = StepStats(math.nan, 0.0, applied_lr, 0, False)
-            return math.nan
-        total, norm, applied = self._step(micro, 1.0 / tokens, applied_lr)
-        self.step += applied
-        self.last_stats = StepStats(total / tokens, norm, applied_lr, tokens, applied)
-        return total / tokens
+            self.last_stats = started.stats = StepStats(math.nan, 0.0, applied_lr, 0, False)
+            return started
+        numbers = self._step(micro, 1.0 / tokens, applied_lr)
+
+        def finished() -> StepStats:
+            total, norm, applied = numbers()
+            self.step += applied
+            return StepStats(total / tokens, norm, applied_lr, tokens, applied)
+
+        self._under_way.append((started, finished))
+        if not self.ahead:
+            self.finish()
+        return started
+
+    def finish(self, keep: int = 0) -> None:
+        """Wait for the steps under way, from the first on, until `keep` of them are left. Raises DeviceFault."""
+        while len(self._under_way) > keep:
+            started, finished = self._under_way[0]
+            self.last_stats = started.stats = finished()
+            self._under_way.popleft()
 
     @abstractmethod
-    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> Callable[[], Numbers]:
         """Gradients of dloss times the sum of the losses, and the update if loss and norm are finite.
 
-        Returns the sum of losses, the gradient norm and whether the update was applied.
+        Returns what waits for the sum of losses, the gradient norm and whether the update was applied.
         """
 
     def eval_batch(self, batch: LMBatch) -> float:
@@ -110,6 +156,7 @@ class Trainer(ABC):
     @property
     def last_grad_norm(self) -> float:
         """L2 norm of the last step's whole gradient, before clipping. Raises ShapeError before the first step."""
+        self.finish()
         if self.last_stats is None:
             raise ShapeError("last_grad_norm", "a step", "none yet", "call train_batch first")
         return self.last_stats.grad_norm
@@ -124,6 +171,7 @@ class Trainer(ABC):
 
     def optimizer_state_sha256(self) -> str:
         """SHA-256 of the step count, then every m, then every v, in the order and with the names of the layout."""
+        self.finish()
         return sha256_of(self.optimizer_state(), self.step)
 
     def parameters_sha256(self) -> str:
@@ -132,6 +180,7 @@ class Trainer(ABC):
 
     def snapshot(self) -> Snapshot:
         """Parameters and optimizer state, each fetched once."""
+        self.finish()
         return Snapshot(self.step, self.params, self.optimizer_state())
 
     def save_apr(self, path: Path) -> None:

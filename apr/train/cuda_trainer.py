@@ -1,12 +1,14 @@
 """CudaTransformerTrainer: the same training on a GPU, with every buffer there from the first step to the last.
 
-A step sends token ids, targets, their sorted order and two numbers; reads back four; and waits once. A micro-batch's
+A step sends token ids, targets, their sorted order and two numbers, and reads back four, through pinned memory: the
+next step may be started before they are there, so that the GPU never waits for the host (start_batch). A micro-batch's
 forward and backward is one CUDA graph and the update another: the first batch of a shape runs kernel by kernel, which
-loads everything that loads lazily, the second is recorded, and from then on it is launched. Nothing is allocated or
-compiled in a step.
+loads everything that loads lazily, the second is recorded, and from then on it is launched. The first part of a step
+sets the gradients and the others add to them, which are two graphs. Nothing is allocated or compiled in a step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ from apr.ops.adamw import adamw_round, adamw_update
 from apr.ops.embedding import sort_ids
 from apr.ops.global_norm import global_norm
 from apr.params import init_params
-from apr.registry import variants, warmup
+from apr.registry import paths, variants, warmup
 from apr.taps import Tap
-from apr.train.base import Trainer
+from apr.train.base import Numbers, Trainer
 from apr.train.cuda_view import CudaStepView
+from apr.train.staging import Staging
 
 
 class CudaTransformerTrainer(Trainer):
@@ -35,33 +38,39 @@ class CudaTransformerTrainer(Trainer):
 
     `device`: a Device, or None for the first GPU. `graphs` False launches every kernel by itself; `poison` fills every
     buffer with NaN before a pass that must write it first. `chosen`: the algorithms of matrix products that a
-    checkpoint recorded. Raises UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit,
-    ConfigError and UnavailableError for a model that the kernels do not cover.
+    checkpoint recorded. `random`: the weights are those of new, else zeros until they are loaded. Raises
+    UnavailableError without a usable GPU, OutOfMemoryError when the plan does not fit, ConfigError and UnavailableError
+    for a model that the kernels do not cover.
     """
 
+    ahead = 1
+
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
-                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None) -> None:
+                 graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None,
+                 random: bool = False) -> None:
         super().__init__(model, config)
         self.storage = STORAGE[config.precision]
         self.dev = device or Device()
         needed = variants(model, self.storage, self.dev.fast)  # what they do not cover is refused before any allocation
+        self.path = paths(model, self.storage, self.dev.fast)
         self.arena = Arena(self.dev, plan(model, config.batch_size, config.max_seq_len, config.precision))
-        warmup(self.dev.cache, needed)
+        with ThreadPoolExecutor(1) as pool:  # the host makes weights while the compiler makes kernels
+            flat = pool.submit(self._random_weights) if random else None
+            warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
         self.net = Model(self.dev, self.gemm, self.arena, model)
+        self.staging = Staging(self.dev, self.arena, config.accumulation_steps)
         self.graphs, self.poison = graphs, poison
         self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
         self._rows = 0  # of the part that was loaded last
+        if flat is not None:
+            self._load_flat(flat.result())
 
     @classmethod
     def new(cls, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None,
             **options: Any) -> "CudaTransformerTrainer":
         """A trainer with random weights, a pure function of config.seed: the CPU trainer's."""
-        trainer = cls(model, config, device, **options)
-        flat = np.zeros(trainer.layout.size, np.float32)
-        init_params(model, config.seed, trainer.layout.views(flat))
-        trainer._load_flat(flat)
-        return trainer
+        return cls(model, config, device, random=True, **options)
 
     @classmethod
     def with_model(cls, model: TransformerConfig, arrays: dict[str, np.ndarray], config: TransformerTrainConfig,
@@ -88,6 +97,11 @@ class CudaTransformerTrainer(Trainer):
             view[...] = arrays[name]
         self._load_flat(flat)
 
+    def _random_weights(self) -> np.ndarray:
+        flat = np.zeros(self.layout.size, np.float32)
+        init_params(self.model, self.config.seed, self.layout.views(flat))
+        return flat
+
     def _load_flat(self, flat: np.ndarray) -> None:
         self.dev.upload(self.arena["master"], flat)
         if self.storage == "bf16":
@@ -101,6 +115,7 @@ class CudaTransformerTrainer(Trainer):
 
     def load_optimizer(self, arrays: Mapping[str, np.ndarray], step: int) -> None:
         """Go on from an optimizer state as optimizer_state gives it, after `step` updates."""
+        self.finish()
         for kind in "mv":
             flat = np.zeros(self.layout.size, np.float32)
             for name, view in self.layout.views(flat).items():
@@ -115,22 +130,26 @@ class CudaTransformerTrainer(Trainer):
         return CudaStepView(self.dev, self.arena, self.net, self._fitting)
 
     def record(self) -> dict[str, Any]:
-        """The algorithms of the matrix products, and what they are of."""
-        return {"gemm": self.gemm.record()}
+        """The algorithms of the matrix products, what they are of, and the paths of ops that have several."""
+        return {"gemm": self.gemm.record(), "path": self.path}
 
-    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
-        dev, arena = self.dev, self.arena
-        dev.upload(arena["step"], np.array([dloss, lr]))
-        dev.fill(arena["grads"], 0)
-        dev.fill(arena["stats"][:1], 0)
-        for batch in micro:
-            for part in self._fitting(batch):
-                self._pass("train", part, self._train_pass)
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> Callable[[], Numbers]:
+        first: np.ndarray | None = np.array([dloss, lr])
+        for part in [part for batch in micro for part in self._fitting(batch)]:
+            self._pass("train", part, self._train_pass, first)
+            first = None
         self._run(("update",), self._update)
-        total, norm, applied, _ = dev.download(arena["stats"])
-        return float(total), float(norm), bool(applied)
+        read = self.staging.fetch()
+
+        def numbers() -> Numbers:
+            total, norm, applied, _ = read()
+            return float(total), float(norm), bool(applied)
+
+        return numbers
 
     def _train_pass(self, b: Batch) -> None:
+        if not b.add:
+            self.dev.fill(self.arena["stats"][:1], 0)
         self.net.forward(b)
         self.net.losses_and_gradients(b)
 
@@ -165,13 +184,9 @@ class CudaTransformerTrainer(Trainer):
 
     def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
         """The sum of the losses; `grads` is the gradient of dloss times it, and nothing is updated. For comparisons."""
-        dev, arena = self.dev, self.arena
-        dev.upload(arena["step"], np.array([dloss, 0.0]))
-        dev.fill(arena["grads"], 0)
-        dev.fill(arena["stats"][:1], 0)
-        for part in self._fitting(batch):
-            self._train_pass(self._load(part, tap))
-        return float(dev.download(arena["stats"])[0])
+        for index, part in enumerate(self._fitting(batch)):
+            self._train_pass(self._load(part, tap, None if index else np.array([dloss, 0.0])))
+        return float(self.dev.download(self.arena["stats"])[0])
 
     def last_losses(self) -> np.ndarray:
         """The loss of every row (N,) float32, in nats, of the part that was trained or evaluated last. For comparisons.
@@ -192,22 +207,21 @@ class CudaTransformerTrainer(Trainer):
                 raise ShapeError(f"batch {name}", f"token ids in [0, {v})", str(int(ids[bad][0])), "check the data")
         return [LMBatch(batch.inputs[i:i + p.B], batch.targets[i:i + p.B]) for i in range(0, batch.batch_size, p.B)]
 
-    def _load(self, part: LMBatch, tap: Tap | None = None) -> Batch:
-        """The batch on the GPU."""
-        b = self.net.batch(part.batch_size, part.seq_len, tap)
+    def _load(self, part: LMBatch, tap: Tap | None = None, first: np.ndarray | None = None) -> Batch:
+        """The batch on the GPU; dloss and lr with a step's first part, which sets the gradients."""
+        b = self.net.batch(part.batch_size, part.seq_len, tap, add=first is None)
         self._rows = b.N
-        ids = np.ascontiguousarray(part.inputs, np.int32).reshape(-1)
+        ids, targets = (np.asarray(a, np.int32).reshape(-1) for a in (part.inputs, part.targets))
         order, runs = sort_ids(ids)
-        for name, values in (("ids", ids), ("targets", np.asarray(part.targets, np.int32)), ("order", order),
-                             ("runs", runs)):
-            self.dev.upload(self.arena.rows(name, (values.size,)), values)
+        self.staging.send({"ids": ids, "targets": targets, "order": order, "runs": runs,
+                           **({} if first is None else {"step": first})})
         if self.poison:
             self.arena.poison()
         return b
 
-    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None]) -> None:
-        b = self._load(part)
-        self._run((kind, b.B, b.T), lambda: work(b))
+    def _pass(self, kind: str, part: LMBatch, work: Callable[[Batch], None], first: np.ndarray | None = None) -> None:
+        b = self._load(part, first=first)
+        self._run((kind, b.B, b.T, b.add), lambda: work(b))
 
     def _run(self, key: tuple[Any, ...], work: Callable[[], None]) -> None:
         """Kernel by kernel the first time, recorded the second, launched as a graph from then on."""

@@ -1,6 +1,6 @@
 """train.jsonl: one JSON object a line, each with an `event`; and the sinks that see the same events.
 
-    start       what is trained on what
+    start       what is trained on what, by which kernels
     step        step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
     parity      step, layer, sequence, positions, worst, checks, gradient, ms: held against the reference
     eval        step, epoch, val_loss                 checkpoint, guard, resume, note

@@ -2,7 +2,8 @@
 it is given, so that the same loop drives the NumPy trainer, the GPU trainer and the synthetic stand-ins.
 
 An epoch is `steps_per_epoch` steps, not a pass over the data. After each: validation, guards, then the checkpoint, so
-that no model that failed a guard is ever saved.
+that no model that failed a guard is ever saved. A step may be started before the guards have seen the one before it, as
+the device itself applies nothing that is not finite; none is under way at a validation, a checkpoint, a stop, the end.
 """
 
 import math
@@ -13,19 +14,12 @@ from typing import Any, Protocol
 
 from apr.config import TransformerTrainConfig, require
 from apr.errors import DeviceFault, GateError, OutOfMemoryError, Stopped
-from apr.train.base import StepStats
+from apr.train.flight import Flight, StepFn
 from apr.train.guards import WINDOW, Verdict, judge_init, judge_initial, judge_step, judge_val
 from apr.train.log import Event, Sink
 from apr.train.schedule import lr_at
 
 RECENT = 10  # training losses that validation is held against
-
-
-class StepFn(Protocol):
-    """Makes one optimizer step."""
-
-    def step(self, step: int, lr: float) -> StepStats | None:
-        """Train on the batch of `step` with `lr`; None when the data is exhausted (INV-TRAIN-011)."""
 
 
 class ValFn(Protocol):
@@ -110,7 +104,8 @@ class PretrainLoop:
                  val_fn: ValFn, checkpoint_fn: CheckpointFn, emit: Sink, stop_requested: Callable[[], str | None],
                  state: LoopState | None = None, *, from_init: bool = False, force_init_loss: bool = False) -> None:
         self.config, self.train, self.vocab_size, self.fresh = config, train, vocab_size, fresh
-        self.step_fn, self.val_fn, self.checkpoint_fn = step_fn, val_fn, checkpoint_fn
+        self.val_fn, self.checkpoint_fn = val_fn, checkpoint_fn
+        self.flight = Flight(step_fn, lambda step: lr_at(train, step))
         self.emit, self.stop_requested = emit, stop_requested
         self.from_init, self.force_init_loss = from_init, force_init_loss
         self.state = state or LoopState()
@@ -132,6 +127,7 @@ class PretrainLoop:
                 ended = self._epoch()
             return self._end(*ended)
         except GateError as e:
+            self.flight.abandon()
             self._end("ABORTED", str(e))
             raise
         except (DeviceFault, OutOfMemoryError) as e:
@@ -156,7 +152,9 @@ class PretrainLoop:
         s, exhausted = self.state, False
         last = min((s.epoch + 1) * self.config.steps_per_epoch, self.train.max_steps)
         while s.step < last and not exhausted:
-            exhausted = not self._step()
+            exhausted = not self._step(last)
+            while self.flight.under_way and self.stop_requested() is not None:
+                self._step(s.step)  # what was started is finished, and nothing more is started
             if s.step < last:
                 self._stop_if_asked(save=not exhausted)
         if s.epoch_tokens:
@@ -167,19 +165,18 @@ class PretrainLoop:
         return ended
 
     def _stop_if_asked(self, save: bool) -> None:
-        name = self.stop_requested()
-        if name is not None:
+        if (name := self.stop_requested()) is not None:
             if save:
                 self._save(None)
             raise Stopped(f"step {self.state.step}", "the run to go on", name, "continue with --resume")
 
-    def _step(self) -> bool:
-        """One step and its guards; False when the data is exhausted."""
-        s, start = self.state, time.perf_counter()
-        stats = self.step_fn.step(s.step, lr_at(self.train, s.step))
-        if stats is None:
+    def _step(self, end: int) -> bool:
+        """One step and its guards; False when the data is exhausted. Steps before `end` may be started meanwhile."""
+        s = self.state
+        finished = self.flight.finish(s.step, end)
+        if finished is None:
             return False
-        seconds = time.perf_counter() - start
+        stats, seconds = finished
         rate, wall_ms = stats.tokens / seconds, seconds * 1000
         verdict = judge_step(stats.loss, stats.grad_norm, stats.lr, rate, wall_ms, s.losses)
         if verdict.tripped:

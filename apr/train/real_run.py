@@ -12,7 +12,7 @@ from apr.data.batch import LMBatch
 from apr.errors import FormatError, GateError
 from apr.files import os_errors, write_atomic
 from apr.train import checkpoint
-from apr.train.base import StepStats, Trainer
+from apr.train.base import StartedStep, Trainer
 from apr.train.corpus import Corpus
 from apr.train.init import InitRecord, save_epoch
 from apr.train.log import Event, RunLog
@@ -81,7 +81,11 @@ class RealRun:
         self.ckpt_dir, self.record, self.watch = run_dir / "ckpt", record, watch
         self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
 
-    def step(self, step: int, lr: float) -> StepStats | None:
+    def overlaps(self, step: int) -> bool:
+        """A step that is checked is made alone: what it is checked by is the state before it and what it leaves."""
+        return self.trainer.ahead > 0 and not (self.watch is not None and self.watch.due(step))
+
+    def start(self, step: int, lr: float) -> StartedStep | None:
         """Train on the rows of this step: a pure function of seed and step."""
         t, stream = self.config.train, self.corpus.stream
         rows = t.batch_size * t.accumulation_steps
@@ -95,10 +99,11 @@ class RealRun:
         watch = self.watch if self.watch is not None and self.watch.due(step) else None
         if watch is not None:
             watch.before(self.trainer, step, micro)
-        self.trainer.train_batch(micro, lr)
+        started = self.trainer.start_batch(micro, lr)
         if watch is not None:
+            started.result()
             self._check(watch, step, lr)
-        return self.trainer.last_stats
+        return started
 
     def _check(self, watch: Watch, step: int, lr: float) -> None:
         try:

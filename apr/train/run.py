@@ -122,7 +122,7 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink],
             log({"event": "start", "device": device, "synthetic": config.synthetic, "mode": config.mode,
                  "dataset": config.dataset, "vocab_size": config.model.V, "max_steps": config.train.max_steps,
                  "tokens_per_step": config.train.tokens_per_step, "entropy_bits": corpus and corpus.entropy,
-                 "train_tokens": corpus and corpus.train_tokens, **ran})
+                 "train_tokens": corpus and corpus.train_tokens, "path": trainer.path if trainer else {}, **ran})
             notes.open(log, 0)
             return _loop(config, run_dir, log, trainer, corpus, record, None, watch)
 
@@ -168,12 +168,15 @@ def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], war
         del found  # its arrays are the trainer's now
         with RunLog(run_dir, sinks, saved.log_bytes) as log:
             log(checkpoint_event(saved.step, saved.artifact))
-            log({"event": "resume", "step": saved.step, "checkpoint": name})
+            log({"event": "resume", "step": saved.step, "checkpoint": name, "path": trainer.path})
             notes.open(log, saved.step)
             for remark in remarks:
                 notes(remark)
             if _machine(saved.trainer) != _machine(trainer.record()):
                 notes("resumed on another kind of device: the last bits of what follows differ from a run that stayed")
+            elif saved.trainer.get("path", trainer.path) != trainer.path:
+                notes(f"resumed with other kernels ({trainer.path} after {saved.trainer['path']}): the last bits of "
+                      f"what follows differ from a run that kept them")
             return _loop(config, run_dir, log, trainer, corpus, record, saved, watch)
 
 

@@ -4,7 +4,7 @@ The curves are upstream's: training loss falls by a hundredth of the target per 
 epoch. Every event of such a run says so: its `start` has `synthetic: true`.
 """
 
-from apr.train.base import StepStats
+from apr.train.base import StartedStep, StepStats
 from apr.train.pretrain import EpochArtifact, LoopState
 
 
@@ -14,10 +14,14 @@ class SyntheticRun:
     def __init__(self, target: float, epochs: int, tokens_per_step: int) -> None:
         self.target, self.epochs, self.tokens = target, epochs, tokens_per_step
 
-    def step(self, step: int, lr: float) -> StepStats:
+    def overlaps(self, step: int) -> bool:
+        """A step is finished when it is started."""
+        return False
+
+    def start(self, step: int, lr: float) -> StartedStep:
         """Loss max(2 target, 1.5) falling by target / 100 a step (at least 1e-4), never below half of the target."""
         loss = max(2 * self.target, 1.5) - step * max(0.01 * self.target, 1e-4)
-        return StepStats(max(loss, 0.5 * self.target), 0.8, lr, self.tokens, True)
+        return StartedStep(stats=StepStats(max(loss, 0.5 * self.target), 0.8, lr, self.tokens, True))
 
     def validate(self, epoch: int) -> float:
         """max(1.8 target, 3) before the first epoch, falling linearly to the target at the last."""

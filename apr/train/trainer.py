@@ -5,7 +5,7 @@ micro-batches; its loss is the mean over all their counted targets, so accumulat
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from apr.params import init_params
 from apr.reference.adamw import adamw_update
 from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import loss_and_gradients, loss_sum, model_forward
-from apr.train.base import Trainer
+from apr.train.base import Numbers, Trainer
 from apr.train.slices import SliceRunner, add_in_order, cut, ranges
 
 
@@ -60,14 +60,14 @@ class TransformerTrainer(Trainer):
         for name, view in self._params.items():
             view[...] = arrays[name]
 
-    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> tuple[float, float, bool]:
+    def _step(self, micro: Sequence[LMBatch], dloss: float, lr: float) -> Callable[[], Numbers]:
         self.grads_buf.fill(0.0)
         total = sum(self._gradients(b, dloss) for b in micro)
         norm = global_norm(self.grads_buf)
         applied = math.isfinite(total) and math.isfinite(norm)
         if applied:
             self._update(lr, norm)
-        return total, norm, applied
+        return lambda: (total, norm, applied)
 
     def _gradients(self, batch: LMBatch, dloss: float) -> float:
         """Sum of a micro-batch's losses; its gradient is added to grads_buf."""

@@ -214,8 +214,8 @@ class FakeGemm:
     def linear_dinp(self, dinp, dout, weight):
         self.linear(dout, dinp, weight)
 
-    def linear_dweight(self, dweight, dout, inp):
-        assert dweight.dtype == np.float32
+    def linear_dweight(self, dweight, dout, inp, *, add):
+        assert add and dweight.dtype == np.float32
         self.linear(dout, inp, dweight)
 
 

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from apr.buffers import LOGITS_BYTES, PARTS, SIZES, WORKSPACE, BufferSpec, inference_plan, logits_rows, plan, table
+from apr.buffers import (
+    BESIDE_LOGITS,
+    LOGITS_BYTES,
+    PARTS,
+    SIZES,
+    WORKSPACE,
+    BufferSpec,
+    inference_plan,
+    logits_rows,
+    plan,
+    table,
+)
 from apr.errors import ConfigError
 from apr.params import layout
 from apr.presets import PRESETS, llama3_2_1b, llama_370m, qwen2_0_5b, qwen3_0_6b, tiny
@@ -18,6 +29,12 @@ ALIASES = {
     "dact": ("act", "act: forward, into the down projection; in backward swiglu_backward reads dact and writes act at "
                     "the same element, so each element of dact is read before it is overwritten"),
     "params": ("master", "fp32 alone: the weights that kernels read are the master weights; adamw is given no copy"),
+}
+# Beside these, what lies in logits_buf, which is alive from the end of the forward pass to the layers' backward pass.
+BESIDE = {
+    "act": "the layers alone", "norm": "the layers, and the final norm's backward pass, when the logits are free",
+    "dqkv": "backward through a layer; in forward an aside for the tap", "datty": "backward through a layer",
+    "dresidual": "from the final norm's backward pass on",
 }
 
 
@@ -34,11 +51,11 @@ def test_the_numbers_of_qwen2_0_5b():
     assert p.by_role() == {
         "master": 4 * parameters, "params": 2 * parameters, "grads": 4 * parameters, "optimizer": 8 * parameters,
         "acts": 16384 * (2 * (49 * 896 + 24 * (1152 + 896 + 2 * 4864) + 896) + 4 * (49 + 24 * 14)),
-        "scratch": 16384 * 2 * (3 * 896 + 4864 + 1152 + 896) + 8192 * 151936 * 2 + 8 * 14 * 2048 * 4 + 1024 * 1152 * 4
+        "scratch": 16384 * 2 * 896 + 4096 * 151936 * 2 + 8 * 14 * 2048 * 4 + 1024 * 1152 * 4
         + 1024 * 8 + 2 * 2048 * 32 * 4 + 16384 * 4 + 4 * 4 + WORKSPACE,
         "inputs": 4 * 16384 * 4 + 4 + 2 * 8 + 4 * 8}
-    assert p.rows == 8192 and b["logits_buf"].shape == (8192, 151936)
-    assert round(p.bytes / MIB) == 21449  # 20.95 GiB
+    assert p.rows == 4096 and b["logits_buf"].shape == (4096, 151936)
+    assert round(p.bytes / MIB) == 19990  # 19.52 GiB
     assert p.bytes == sum(-(-x.bytes // 256) * 256 for x in p.buffers)
 
 
@@ -62,10 +79,30 @@ def test_sums_alignment_and_names(name, precision):
 def test_aliases_have_the_size_of_what_they_share_and_a_reason(precision):
     b = by_name(plan(qwen3_0_6b, 2, 64, precision))
     aliases = {x.name: x.alias for x in b.values() if x.alias}
-    assert aliases == {name: of for name, (of, _) in ALIASES.items() if precision == "fp32" or name != "params"}
+    whole = {name: of for name, (of, _) in ALIASES.items() if precision == "fp32" or name != "params"}
+    assert aliases == {**dict.fromkeys(BESIDE, "logits_buf"), **whole, "dact": "logits_buf"}
+    for name, of in whole.items():  # an alias of act is of the memory that act is in
+        assert (b[name].shape, b[name].dtype, b[name].offset) == (b[of].shape, b[of].dtype, b[of].offset)
     for name, of in aliases.items():
-        assert (b[name].shape, b[name].dtype) == (b[of].shape, b[of].dtype) and b[of].alias is None
-        assert b[name].bytes == 0
+        assert b[of].alias is None and b[name].bytes == 0 and b[name].dtype == b[of].dtype
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_lies_in_logits_buf_fits_and_lies_apart(precision):
+    """As much as there is room for; a small vocabulary has room for little."""
+    narrow = replace(tiny, vocab_size=128, intermediate_size=100)
+    for config, B, T in ((qwen2_0_5b, 8, 2048), (llama_370m, 32, 1024), (qwen3_0_6b, 1, 1), (tiny, 4, 16),
+                         (narrow, 4, 16)):
+        b = by_name(plan(config, B, T, precision))
+        inside = sorted((x for x in b.values() if x.alias == "logits_buf" and x.name != "dact"), key=lambda x: x.offset)
+        for one, after in zip(inside, [*inside[1:], b["logits_buf"]], strict=True):
+            end = after.offset if after in inside else b["logits_buf"].size
+            assert one.offset + one.size <= end and one.offset * SIZES[one.dtype] % 256 == 0
+    assert set(BESIDE) == set(BESIDE_LOGITS)
+    cramped = by_name(plan(narrow, 4, 16, precision))
+    alone = [name for name in BESIDE if cramped[name].alias is None]
+    assert "act" not in alone and alone and all(cramped[name].bytes for name in alone)
+    assert cramped["dact"].alias == "logits_buf" and cramped["dact"].offset == cramped["act"].offset
 
 
 def test_aliases_are_never_alive_together():
@@ -78,6 +115,9 @@ def test_aliases_are_never_alive_together():
     model = (Path(__file__).parents[2] / "apr" / "model.py").read_text()
     losses = model.partition("def losses_and_gradients")[2].partition("def _chunks")[0]
     assert '"dnorm"' in losses and '"branch"' not in losses
+    # what lies in logits_buf is asked for before the logits or after them, and the arena refuses it in between
+    during = losses.partition("for start, stop")[2].partition("self._add_losses")[0]
+    assert during and not any(f'"{name}"' in during for name in (*BESIDE, "dact"))
     # act is written by swiglu_backward, in the same launch that reads dact, and after that dact is not read
     after = backward.partition("swiglu_backward(dev, gate_up, act, dact, gate_up)")[2]
     assert after and "dact" not in after.partition("def head_norm")[0]
@@ -142,8 +182,8 @@ def test_a_context_beyond_the_positions_is_refused(S):
 
 
 @pytest.mark.parametrize(("rows", "row_bytes", "expected"), [
-    (16384, 303872, 8192), (16384, 100608, 16384), (1, 303872, 1), (100, 303872, 100), (16384, 607744, 4096),
-    (8833, 303872, 8833), (8834, 303872, 4480), (3, LOGITS_BYTES, 3), (1000, LOGITS_BYTES // 100, 128)])
+    (16384, 303872, 4096), (16384, 100608, 8192), (1, 303872, 1), (100, 303872, 100), (16384, 607744, 2048),
+    (4416, 303872, 4416), (4417, 303872, 2304), (3, LOGITS_BYTES, 3), (1000, LOGITS_BYTES // 100, 128)])
 def test_rows_of_logits(rows, row_bytes, expected):
     assert logits_rows(rows, row_bytes) == expected
 

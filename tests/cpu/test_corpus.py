@@ -69,10 +69,11 @@ class Witness:
     """A trainer that keeps what it is given."""
 
     def __init__(self):
-        self.seen, self.last_stats = [], "the stats of the step"
+        self.seen, self.ahead = [], 0
 
-    def train_batch(self, micro, lr):
+    def start_batch(self, micro, lr):
         self.seen.append((micro, lr))
+        return "the step"
 
 
 @pytest.mark.parametrize("cycle", [False, True])
@@ -82,12 +83,21 @@ def test_every_step_has_the_next_rows(config, tmp_path, cycle):
     assert corpus.stream.rows_per_epoch == 120
     work = RealRun(config, witness, corpus, tmp_path, notes.append, 1)
     for step in range(15):
-        assert work.step(step, 0.5) == "the stats of the step"
+        assert work.start(step, 0.5) == "the step" and not work.overlaps(step)
     given = [b for micro, lr in witness.seen for b in micro if lr == 0.5]
     expected = [corpus.stream.batch(first, ROWS) for first in range(0, 120, ROWS)]
     assert all(np.array_equal(a.inputs, b.inputs) for a, b in zip(given, expected, strict=True))
-    assert notes == [] and (work.step(15, 0.5) is None) == (not cycle)
+    assert notes == [] and (work.start(15, 0.5) is None) == (not cycle)
     assert [(n["step"], "pass 2" in n["text"]) for n in notes] == ([(15, True)] if cycle else [])
+
+
+def test_steps_overlap_where_the_trainer_lets_them_and_nobody_checks_them(config, tmp_path):
+    witness, corpus = Witness(), opened(config)
+    watch = SimpleNamespace(due=lambda step: step % 4 == 0)
+    for ahead, given, expected in ((0, None, []), (1, None, [0, 1, 2, 3, 4]), (1, watch, [1, 2, 3])):
+        witness.ahead = ahead
+        work = RealRun(config, witness, corpus, tmp_path, [].append, 1, watch=given)
+        assert [step for step in range(5) if work.overlaps(step)] == expected
 
 
 @pytest.mark.parametrize(("ids_of_tokenizer", "rows", "init", "gate"), [

@@ -12,7 +12,7 @@ from apr import driver
 from apr.arena import Arena
 from apr.buffers import plan
 from apr.device import Device
-from apr.errors import OutOfMemoryError, UnavailableError
+from apr.errors import OutOfMemoryError, ShapeError, UnavailableError
 from apr.presets import tiny
 
 
@@ -132,3 +132,18 @@ def test_what_is_not_written_before_it_is_read_starts_as_zeros():
     for name in ("master", "params", "grads", "m", "v", "ids", "stats"):
         assert not arena[name].any(), name
     assert arena["norm"].any()
+
+
+def test_what_lies_in_logits_buf_is_refused_while_it_holds_logits():
+    arena = Arena(FakeDevice(), plan(tiny, 2, 8, "bf16"))
+    act, logits = arena.rows("act", (16, tiny.F)), arena.rows("logits_buf", (16, tiny.Vp))
+    norm = arena.rows("norm", (16, tiny.C))
+    assert np.shares_memory(act, logits) and np.shares_memory(norm, logits) and not np.shares_memory(act, norm)
+    for phase in ("logits", "dlogits"):
+        arena.enter(phase)
+        assert arena.rows("dnorm", (16, tiny.C)) is not None
+        for name in ("act", "dact", "norm"):
+            with pytest.raises(ShapeError, match=f"{name}: expected to be asked for while logits_buf is free"):
+                arena.rows(name, (16, 4))
+    arena.enter("free")
+    assert arena.rows("act", (16, tiny.F)) is act

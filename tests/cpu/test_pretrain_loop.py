@@ -7,7 +7,7 @@ import pytest
 from models import train_config
 
 from apr.errors import GateError, Stopped
-from apr.train.base import StepStats
+from apr.train.base import StartedStep, StepStats
 from apr.train.pretrain import LoopConfig, LoopState, PretrainLoop
 from apr.train.schedule import lr_at
 from apr.train.synthetic import SyntheticRun
@@ -22,9 +22,15 @@ class Script:
         self.losses, self.vals, self.steps = losses or {}, vals or {}, steps
         self.rates, self.saved = [], []
 
-    def step(self, step, lr):
+    def overlaps(self, step):
+        return False
+
+    def stats(self, step, lr):
+        return StepStats(self.losses.get(step, 5.0), 0.5, lr, 64, True)
+
+    def start(self, step, lr):
         self.rates.append(lr)
-        return StepStats(self.losses.get(step, 5.0), 0.5, lr, 64, True) if step < self.steps else None
+        return StartedStep(stats=self.stats(step, lr)) if step < self.steps else None
 
     def validate(self, epoch):
         return self.vals.get(epoch, 5.0)
@@ -72,8 +78,8 @@ def test_target_and_patience():
 def test_losses_are_weighted_by_their_tokens():
     """An epoch whose steps count unequal targets: no mean of means."""
     script = Script(losses={0: 2.0})
-    plain = script.step
-    script.step = lambda step, lr: replace(plain(step, lr), tokens=6 if step == 0 else 64)
+    plain = script.stats
+    script.stats = lambda step, lr: replace(plain(step, lr), tokens=6 if step == 0 else 64)
     run(script, [])
     assert script.saved[1][0].train_loss == pytest.approx((2.0 * 6 + 5.0 * 64 * 4) / (6 + 64 * 4))
 

@@ -29,7 +29,7 @@ def test_linear_backward_matches_reference(arrays, gemm, rng, shape):
     inp, weight, dout = (arrays.round(rng.standard_normal(s)) for s in ((n, i), (o, i), (n, o)))
     start = rng.standard_normal((o, i)).astype(np.float32)
     dinp, dweight = arrays.out(n, i), arrays.update(start, "f32")
-    linear_backward(gemm, dinp, dweight, arrays.read(dout), arrays.read(inp), arrays.read(weight))
+    linear_backward(gemm, dinp, dweight, arrays.read(dout), arrays.read(inp), arrays.read(weight), add=True)
     truth_dweight = f64(start)[0]
     truth = reference.linear_backward(truth_dweight, *f64(dout, inp, weight))
     arrays.judge("dinp", dinp, truth, gate("linear"), lambda: rounded(dout @ weight))
