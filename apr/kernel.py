@@ -103,7 +103,7 @@ class Kernel:
             driver.set_dynamic_shared(self.function, shared)
             self.shared = shared
         code = driver.launch(self.function, _three(self.key, grid), _three(self.key, block), shared, stream, values,
-                             cluster, programmatic)
+                             cluster=cluster, programmatic=programmatic)
         if code != 0:
             what = f"kernel {self.key}, grid {tuple(grid)}, block {tuple(block)}, {shared} bytes shared"
             name = driver.error_name(code)

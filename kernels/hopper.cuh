@@ -1,7 +1,7 @@
 // hopper.cuh - sm_90a: wgmma (matrix products of a warpgroup), TMA (bulk copies of tiles), barriers in shared memory.
 //
 // A tile in shared memory is made of slabs of 64 columns of bf16, rows of 128 bytes one after the other, swizzled as
-// TMA leaves them (CU_TENSOR_MAP_SWIZZLE_128B); a slab starts at a multiple of 1024 bytes. Of one tile wgmma can read both
+// TMA leaves them (CU_TENSOR_MAP_SWIZZLE_128B); a slab starts at a multiple of 1024 bytes. Of one tile wgmma reads both
 //     rows of the right factor transposed (`by_row`:  d += a . tile^T, its columns are summed over), and
 //     the right factor itself             (`by_column`: d += a . tile, its rows are summed over).
 // SOURCE    PTX ISA 8.3, "Asynchronous Warpgroup Level Matrix Instructions", "Tensor Map", "mbarrier"
@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy_float(float* to, const float* from, bool in
                  : "memory");
 }
 
-// Clusters: how many blocks along y; all their threads wait for each other; two floats of another block's shared memory.
+// Clusters: how many blocks along y; all their threads wait for each other; two floats of another block's memory.
 __device__ __forceinline__ u32 cluster_blocks() {
     u32 n;
     asm("mov.u32 %0, %%cluster_nctaid.y;" : "=r"(n));
@@ -116,7 +116,7 @@ template <int GROUPS, int N> __device__ __forceinline__ void finish(float (&d)[N
 // d (64, N) = or += a (64, 16) . b (N, 16)^T, both in shared memory
 #define BY_ROW(N, A, B, ADD)                                                                                         \
     __device__ __forceinline__ void by_row(float (&d)[N / 8][4], u64 a, u64 b, int add) {                            \
-        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N           \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N          \
                      "k16.f32.bf16.bf16 " SUMS_##N ", " A ", " B ", add, 1, 1, 0, 0;\n}"                              \
                      : OUT_##N(d) : "l"(a), "l"(b), "r"(add));                                                       \
     }
@@ -126,7 +126,7 @@ BY_ROW(128, "%64", "%65", "%66")
 // d (64, N) += a (64, 16) . b (16, N), a in registers as mma.sync's left operand, b in shared memory
 #define BY_COLUMN(N, A, B)                                                                                           \
     __device__ __forceinline__ void by_column(float (&d)[N / 8][4], const u32 (&a)[4], u64 b) {                      \
-        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                 \
+        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N                \
                      "k16.f32.bf16.bf16 " SUMS_##N ", {" A "}, " B ", add, 1, 1, 1;\n}"                               \
                      : OUT_##N(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
     }

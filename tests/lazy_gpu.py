@@ -54,7 +54,7 @@ class LazyGpu:
             self.log.append(("fill", array))
         self.add(work)
 
-    def launch(self, spec, baked, grid, block, args, shared=0, programmatic=False):
+    def launch(self, spec, baked, grid, block, args, shared=0, programmatic=False, cluster=None):
         def work():
             self.log.append((spec.entry, args))
             stats, step = (self.arena[name] for name in ("stats", "step")) if self.arena else (None, None)

@@ -37,29 +37,34 @@ class TimedDevice(Device):
         if self.timing and self.begins:
             self.begins = False
             self.wait_for_host()
-            self.mark(START)
+            self.stamp(START)
         super().launch(*arguments, **options)
 
     def launched(self, name: str) -> None:
         """See Device.launched."""
         super().launched(name)
         if self.timing:
-            self.mark(name)
+            self.stamp(name)
 
     def fill(self, array: Any, byte: int) -> None:
         """See Device.fill."""
         if self.timing:
-            self.mark(START)
+            self.stamp(START)
         super().fill(array, byte)
         if self.timing:
-            self.mark(MEMSET)
+            self.stamp(MEMSET)
 
     def upload(self, array: Any, host: Any) -> None:
         """See Device.upload: it may wait for the stream, so what was queued before it is gone."""
         super().upload(array, host)
         self.begins = True
 
-    def mark(self, name: str) -> None:
+    def send(self, array: Any, pinned: Any) -> None:
+        """See Device.send."""
+        super().send(array, pinned)
+        self.begins = True
+
+    def stamp(self, name: str) -> None:
         """An event on the stream."""
         event = self.cupy.cuda.Event()
         event.record(self.stream)

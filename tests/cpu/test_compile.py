@@ -8,6 +8,7 @@ once. Where a matrix of decoding fills the registers, every batch of more models
 import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ from small_kernels import BAKED, SOURCE, SPEC, small_cache, write_kernels
 from apr.errors import KernelCompileError, UnavailableError
 from apr.infer.cuda_engine import BATCHES
 from apr.kernel import Baked, KernelSpec, fast_paths
+from apr.ops import attention
 from apr.presets import llama3_2_1b, llama_370m, qwen2_0_5b, qwen2_7b, qwen3_0_6b
 from apr.ptx_cache import OPTIONS, PtxCache, Recipe, compile_text
 from apr.ptx_store import Entry
@@ -31,6 +33,7 @@ STACK = {
     "attention_forward": 32,  # held to 128 registers, so that two blocks are on an SM
     "attention_backward_dkv": 16,  # HS = 128 needs all 255 registers
     "attention_backward_dq": 40,
+    "attention_sm90_forward": 16, "attention_sm90_backward_dq": 24,  # HS = 128: 240 registers of a computing thread
     "rmsnorm_backward": 16,  # two vectors of a row in 48 registers
     # f32, eight inputs of Llama 3.2's width: the compiler holds itself to 64 registers; fewer rows would cost more
     "decode_qkv": 8, "decode_gate_up": 8, "decode_head": 8,
@@ -118,6 +121,18 @@ def test_no_matrix_of_decoding_spills_in_any_batch():
 def test_shared_memory_fits_without_asking(entries):
     assert max(u["shared"] for e in entries for u in e.meta["entries"].values()) <= 48 << 10
     assert any(u["shared"] for e in entries for u in e.meta["entries"].values())
+
+
+@pytest.mark.parametrize("config", [qwen2_0_5b, qwen3_0_6b], ids=lambda c: f"HS={c.HS}")
+def test_attention_asks_for_the_shared_memory_of_its_layouts(config):
+    layouts = {"Forward": attention.SM90_FORWARD, "Dkv": attention.SM90_DKV, "Dq": attention.SM90_DQ}
+    for (layout, spec), asked in zip(layouts.items(), attention.sm90_shared(config.HS), strict=True):
+        text = PtxCache("sm_90a").recipe(spec, attention.attention_baked(config, "bf16")).text
+        for size, fits in ((asked, True), (asked + 16, False)):
+            check = f'\nstatic_assert(sizeof({layout}) + 1024 == {size}, "size");\n'
+            with nullcontext() if fits else pytest.raises(KernelCompileError, match="size"):
+                compile_text(text + check, layout, "sm_90a", OPTIONS)
+        assert asked <= 227 << 10
 
 
 def test_every_baked_float_is_in_its_cubin(entries):
