@@ -55,7 +55,7 @@ QUOTES = {
     ("swiglu", "forward_flops"): ["forward 5NF: 5NF"],
     ("swiglu", "backward_flops"): ["backward 11NF: 11NF"],
     ("cross_entropy", "forward_bytes"): ["forward NVs bytes: NVs"],
-    ("cross_entropy", "backward_bytes"): ["forward_backward 3NVs: 3NVs"],
+    ("cross_entropy", "backward_bytes"): ["forward_backward 2NVs: 2NVs"],
     ("cross_entropy", "flops"): ["about 10NV: 10NV"],
     ("adamw", "update_bytes"): ["update 28 bytes per parameter, 30 with a bf16 copy: 28 size + 2 size copy"],
     ("adamw", "flops"): ["about 15 per parameter: 15 size"],
