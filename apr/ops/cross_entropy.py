@@ -22,7 +22,9 @@ SUM = KernelSpec("cross_entropy.cu", "cross_entropy_sum", BAKED, ("total:f64*", 
 FAST_BAKED = ("CLUSTER", *BAKED)
 FAST_FORWARD = KernelSpec("cross_entropy_sm90.cu", "cross_entropy_forward", FAST_BAKED, FORWARD_ARGS)
 FAST_FORWARD_BACKWARD = KernelSpec("cross_entropy_sm90.cu", "cross_entropy_forward_backward", FAST_BAKED, BACKWARD_ARGS)
-SPECS = (FORWARD, FORWARD_BACKWARD, SUM, FAST_FORWARD, FAST_FORWARD_BACKWARD)
+GENERAL = (FORWARD, FORWARD_BACKWARD, SUM)
+FAST = (FAST_FORWARD, FAST_FORWARD_BACKWARD, SUM)  # the sum is the same kernel
+SPECS = (*GENERAL, *FAST[:2])
 CLUSTERS = (1, 2, 4, 8)  # blocks that share a row; 8 is the most that every Hopper takes
 FEW_BYTES = 40 << 10  # of a row in one block: then five blocks are on an SM
 MOST_BYTES = 76 << 10  # two blocks
@@ -48,9 +50,9 @@ def variants(V: int, Vp: int, storage: str, fast: frozenset[str]) -> list[tuple[
     baked = cross_entropy_baked(V, Vp, storage)
     cluster = cluster_of(Vp, storage) if "cross_entropy" in fast else 0
     if cluster == 0:
-        return [(FORWARD, baked), (FORWARD_BACKWARD, baked), (SUM, baked)]
+        return [(spec, baked) for spec in GENERAL]
     shared = {**baked, "CLUSTER": cluster}
-    return [(FAST_FORWARD, shared), (FAST_FORWARD_BACKWARD, shared), (SUM, baked)]
+    return [(spec, baked if spec is SUM else shared) for spec in FAST]
 
 
 def cross_entropy_forward(dev: Device, losses: Any, logits: Any, targets: Any, V: int) -> None:

@@ -166,7 +166,7 @@ class FakePointer:
 class FakeDevice:
     """A Device that checks launches as apr/kernel.py does, and keeps what happened, and when."""
 
-    name, ordinal = "NVIDIA H200", 0
+    name, ordinal, fast = "NVIDIA H200", 0, frozenset(kernel.FAST_PATHS)
 
     def __init__(self):
         self.events, self.stream = [], "stream"
@@ -234,7 +234,7 @@ def test_launches_fit_their_kernels(op, case, bench):
 
 
 def test_fake_devices_have_what_real_ones_have():
-    methods = {name for name in vars(FakeDevice) if not name.startswith("_")} - {"name", "ordinal"}
+    methods = {name for name in vars(FakeDevice) if not name.startswith("_")} - {"name", "ordinal", "fast"}
     assert methods <= set(dir(Device))
 
 

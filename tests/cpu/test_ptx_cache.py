@@ -11,7 +11,7 @@ from apr import paths, ptx_cache
 from apr.config import RopeScaling
 from apr.errors import KernelCacheFrozen, KernelCompileError, KernelParamError
 from apr.kernel import ARGUMENT, DEVICE_DTYPES, KernelSpec, spell
-from apr.ops import attention
+from apr.ops import attention, cross_entropy
 from apr.ops.linear import SPECS as LINEAR
 from apr.ops.rmsnorm import FORWARD, rmsnorm_baked
 from apr.presets import PRESETS, llama3_2_1b, qwen2_0_5b, qwen3_0_6b
@@ -193,7 +193,7 @@ def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
     """Entry to its parameters: (type in the grammar of KernelSpec.args, without `?`; name)."""
     text = ptx_cache.COMMENT.sub(" ", expand(source, paths.kernels_dir()))
     found = {}
-    for match in re.finditer(r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)'
+    for match in re.finditer(r'extern "C" __global__ void\s+(?:__\w+__\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)'
                              r"\(([^)]*)\)", text):
         parameters = [" ".join(p.replace("__restrict__", " ").replace("*", " * ").split()) for p in match[2].split(",")]
         found[match[1]] = [re.fullmatch(r"([\w ]+?) ?(\*?) (\w+)", p).groups() for p in parameters]
@@ -223,15 +223,17 @@ def test_every_entry_of_every_source_has_a_spec():
     assert len({(s.source, s.entry) for s in KERNELS}) == len(KERNELS) > 20
 
 
+@pytest.mark.parametrize("fast", [frozenset(), frozenset({"cross_entropy"})], ids=["general", "fast"])
 @pytest.mark.parametrize("storage", ["f32", "bf16"])
-def test_the_registry_has_every_kernel_of_a_model(storage):
+def test_the_registry_has_every_kernel_of_a_model(storage, fast):
     """And each variant's names are exact; and eps, theta and scaling are the model's."""
     cache = PtxCache("sm_90a", None)
     other = set(attention.FAMILIES["f32" if storage == "bf16" else "bf16"].specs)
+    other |= set(cross_entropy.SPECS) - set(cross_entropy.FAST if fast else cross_entropy.GENERAL)
     scaled = replace(qwen2_0_5b, rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                           original_max_position_embeddings=8192))
     for config in (*PRESETS.values(), scaled):
-        found = variants(config, storage)
+        found = variants(config, storage, fast)
         generation = {spec for spec in KERNELS if spec.source in DECODING}
         expected = set(KERNELS) - generation - other - (set() if config.use_bias else set(LINEAR))
         assert {spec for spec, _ in found} == expected and len(found) == len(expected)
