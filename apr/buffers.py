@@ -21,7 +21,7 @@ SIZES = {"f32": 4, "bf16": 2, "i32": 4, "f64": 8, "i64": 8, "u8": 1}
 STORAGE = {"fp32": "f32", "bf16": "bf16"}  # floatX of each precision
 LOGITS_BYTES = 5 << 28  # the head works on as many rows at a time as fit in this (1.25 GiB)
 WORKSPACE = 32 << 20  # bytes that cuBLASLt may use on Hopper; its best products want all of it
-PARTS = 1024  # blocks of a two-step sum over rows: fixed, so that the order of the sum is
+PARTS = 528  # blocks of a two-step sum over rows, four for each SM of Hopper: fixed, so that the order of the sum is
 SCORE_ROWS = 128  # rows of logits at a time where a prompt's scores are asked for
 PREFILL = {"residual", "rstd", "qkv", "qkv_raw", "head_rstd", "atty", "lse", "gate_up", "final_norm", "norm", "branch",
            "act", "logits_buf", "dqkv", "cos", "sin", "ids", "workspace"}  # of training's, with one layer of acts

@@ -35,8 +35,7 @@ def variants(config: TransformerConfig, storage: str, fast: frozenset[str] = fro
     Raises ConfigError or UnavailableError for a model that the kernels do not cover.
     """
     c = config
-    return _forward(c, storage, fast) + _each([
-        (cross_entropy.SPECS, cross_entropy.cross_entropy_baked(c.V, c.Vp, storage)),
+    return _forward(c, storage, fast) + cross_entropy.variants(c.V, c.Vp, storage, fast) + _each([
         (global_norm.SPECS, global_norm.global_norm_baked(storage)),
         (adamw.SPECS, adamw.adamw_baked(storage)),
     ])

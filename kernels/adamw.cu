@@ -19,7 +19,7 @@
 // NUMERICS  factors in double, rounded once; the update in float, square root and division rounded correctly
 // CONTRACT  contracts/adamw-v1.yaml      REFERENCE  apr/reference/adamw.py
 #include "common.cuh"
-constexpr int BLOCK = 256, EACH = 8;
+constexpr int BLOCK = 256, EACH = 2;  // EACH quads of every array, BLOCK apart: a warp's accesses have no gaps
 using Quad = Vec<f32, 4>;
 
 extern "C" __global__ void adamw_prepare(
@@ -40,36 +40,40 @@ extern "C" __global__ void __launch_bounds__(BLOCK) adamw_update(
     f32* __restrict__ master, f32* __restrict__ m, f32* __restrict__ v, floatX* __restrict__ params,
     const f32* __restrict__ grads, const f32* __restrict__ factors, const f64* __restrict__ stats, i64 size,
     i64 decay_end, f32 beta1, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 eps) {
-    const i64 i = ((i64)blockIdx.x * BLOCK + threadIdx.x) * EACH;
-    if (i >= size || stats[2] == 0.0) return;
-    const float clip = factors[0], rate = factors[1], correction2 = factors[2];
-    const float keep = i < decay_end ? factors[3] : 1.0f;
-    Vec<floatX, VEC> copy[EACH / VEC];
+    const i64 first = (i64)blockIdx.x * (BLOCK * EACH) + threadIdx.x, quads = size / 4;
+    Quad g4[EACH], p4[EACH], m4[EACH], v4[EACH];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const i64 at = i / 4 + half;
-        const Quad g4 = reinterpret_cast<const Quad*>(grads)[at];
-        Quad p4 = reinterpret_cast<Quad*>(master)[at], m4 = reinterpret_cast<Quad*>(m)[at],
-             v4 = reinterpret_cast<Quad*>(v)[at];
+    for (int e = 0; e < EACH; e++) {  // all of them before anything is waited for
+        const i64 at = first + e * BLOCK;
+        g4[e] = read_once(reinterpret_cast<const Quad*>(grads) + at, at < quads);
+        p4[e] = read_once(reinterpret_cast<const Quad*>(master) + at, at < quads);
+        m4[e] = read_once(reinterpret_cast<const Quad*>(m) + at, at < quads);
+        v4[e] = read_once(reinterpret_cast<const Quad*>(v) + at, at < quads);
+    }
+    if (stats[2] == 0.0) return;
+    const float clip = factors[0], rate = factors[1], correction2 = factors[2];
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        const i64 at = first + e * BLOCK, i = at * 4;
+        if (at >= quads) return;
+        const float keep = i < decay_end ? factors[3] : 1.0f;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const float g = g4[k] * clip;
-            const float m_new = beta1 * m4[k] + one_minus_beta1 * g;
-            const float v_new = beta2 * v4[k] + one_minus_beta2 * (g * g);
-            const float p = p4[k] * keep - rate * (m_new / (sqrtf(v_new) / correction2 + eps));
-            m4.set(k, m_new);
-            v4.set(k, v_new);
-            p4.set(k, p);
-            copy[(half * 4 + k) / VEC].set((half * 4 + k) % VEC, p);
+            const float g = g4[e][k] * clip;
+            const float m_new = beta1 * m4[e][k] + one_minus_beta1 * g;
+            const float v_new = beta2 * v4[e][k] + one_minus_beta2 * (g * g);
+            const float p = fmaf(-rate, m_new / (sqrtf(v_new) / correction2 + eps), p4[e][k] * keep);
+            m4[e].set(k, m_new);
+            v4[e].set(k, v_new);
+            p4[e].set(k, p);
         }
-        reinterpret_cast<Quad*>(master)[at] = p4;
-        reinterpret_cast<Quad*>(m)[at] = m4;
-        reinterpret_cast<Quad*>(v)[at] = v4;
+        write_once(reinterpret_cast<Quad*>(master) + at, p4[e]);
+        write_once(reinterpret_cast<Quad*>(m) + at, m4[e]);
+        write_once(reinterpret_cast<Quad*>(v) + at, v4[e]);
+        Vec<floatX, 4> copy;
+        copy.fill([&](int k) { return p4[e][k]; });
+        if (params != nullptr) reinterpret_cast<Vec<floatX, 4>*>(params)[at] = copy;
     }
-    if (params != nullptr)
-#pragma unroll
-        for (int part = 0; part < EACH / VEC; part++)
-            reinterpret_cast<Vec<floatX, VEC>*>(params)[i / VEC + part] = copy[part];
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) adamw_round(

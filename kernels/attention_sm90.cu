@@ -24,7 +24,7 @@ struct Forward {
     Pipe<STAGES> k, v;
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_forward(
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_forward(
     floatX* __restrict__ out, f32* __restrict__ lse, const __grid_constant__ TensorMap tokens, i32 B, i32 T,
     f32 scale) {
     Forward& shared = shared_layout<Forward>();

@@ -53,7 +53,7 @@ struct Dkv {
 };
 
 // Rows are keys and columns are queries here, so prob and dscore come out transposed, as left operands of the sums.
-extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_sm90_backward_dkv(
+extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_backward_dkv(
     floatX* __restrict__ dqkv, const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap douts,
     const f32* __restrict__ lse, const f32* __restrict__ delta, i32 T, f32 scale) {
     Dkv& shared = shared_layout<Dkv>();
@@ -158,7 +158,7 @@ struct Dq {
     Pipe<STAGES> pipe;
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_sm90_backward_dq(
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_backward_dq(
     floatX* __restrict__ dqkv, const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap douts,
     const f32* __restrict__ lse, const f32* __restrict__ delta, i32 B, i32 T, f32 scale) {
     Dq& shared = shared_layout<Dq>();

@@ -49,8 +49,57 @@ template <typename X, int W> struct alignas(sizeof(X) * W) Vec {
     X lane[W];
     __device__ __forceinline__ float operator[](int i) const { return to_float(lane[i]); }
     __device__ __forceinline__ void set(int i, float x) { lane[i] = from_float<X>(x); }
+    // Every element i = value(i); bf16 by twos, which takes one instruction and one register.
+    template <typename F> __device__ __forceinline__ void fill(F value) {
+#pragma unroll
+        for (int i = 0; i < W; i += 2) {
+            if constexpr (W > 1 && sizeof(X) == 2) {
+                u32 two;
+                asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(value(i + 1)), "f"(value(i)));
+                reinterpret_cast<u32*>(lane)[i / 2] = two;
+            } else {
+                set(i, value(i));
+                if constexpr (W > 1) set(i + 1, value(i + 1));
+            }
+        }
+    }
 };
 constexpr int VEC = 16 / sizeof(floatX);
+
+// Reading and writing what no cache need keep, 16 bytes at a time: it leaves the caches before what does not say so.
+// Reads are issued in the order in which they stand, so that all are on their way before the first is waited for; where
+// `there` is false nothing is read, and the elements are 0.
+template <typename T> __device__ __forceinline__ T read_once(const T* at, bool there) {
+    T out = {};
+    if constexpr (sizeof(T) != 16) {
+        if (there) out = *at;
+    } else {
+        u32* word = reinterpret_cast<u32*>(&out);
+        asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
+                     "mov.u32 %3, 0;\n@there ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                     : "=&r"(word[0]), "=&r"(word[1]), "=&r"(word[2]), "=&r"(word[3]) : "l"(at), "r"((u32)there));
+    }
+    return out;
+}
+template <typename T> __device__ __forceinline__ void write_once(T* at, const T& value) {
+    if constexpr (sizeof(T) != 16) {
+        *at = value;
+    } else {
+        const u32* word = reinterpret_cast<const u32*>(&value);
+        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                     "r"(word[3]) : "memory");
+    }
+}
+// As write_once, but the next kernel reads it. (An assignment may become four writes of 4 bytes.)
+template <typename T> __device__ __forceinline__ void write(T* at, const T& value) {
+    if constexpr (sizeof(T) != 16) {
+        *at = value;
+    } else {
+        const u32* word = reinterpret_cast<const u32*>(&value);
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
+                     "r"(word[3]) : "memory");
+    }
+}
 
 // The widest access that divides `length` elements of floatX: VEC where rows of that length keep the alignment.
 __host__ __device__ constexpr int vector_width(int length) {
@@ -107,6 +156,7 @@ __device__ __forceinline__ void add_parts(f32* __restrict__ out, const f32* __re
     const int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < width)
+#pragma unroll 8
         for (int part = threadIdx.y; part < parts; part += 32) sum += partial[(i64)part * stride + column];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

@@ -8,7 +8,7 @@
 // BAKED     V, VP (a multiple of 128), IGNORE, FLOATX      RUNTIME  N
 // LAUNCH    forward, forward_backward  grid (N) block (1024)   one row per block
 //           sum                        grid (1) block (1024)
-// MEMORY    forward NVs bytes, forward_backward 3NVs (the second reading of a row finds some of it in L2)
+// MEMORY    forward NVs bytes, forward_backward 2NVs, and up to NVs for the second reading of a row, which L2 may have
 // FLOPS     about 10NV, and 2NV exponentials: bandwidth bound
 // NUMERICS  maximum and sum in float, in one pass that rescales, fixed order; bf16 logits use the fast exponential.
 //           A target that is neither IGNORE nor in [0, V) gives NaN, which the guard sees: ids are checked on the host.

@@ -5,8 +5,8 @@
 // WRITES    out += (in place)   partial =   dbias +=
 // BAKED     O, FLOATX      RUNTIME  N
 // LAUNCH    bias_forward      grid (ceil(N*O/W / 256))   block (256)     W = elements of one access
-//           bias_backward     grid (PARTS)               block (128)     rows part, part + PARTS, …
-//           bias_sum_backward grid (ceil(O/32))          block (32, 32)
+//           bias_backward     grid (PARTS, ceil(O/W / 32)) block (128)   32 accesses of a row each, four rows at a time
+//           bias_sum_backward grid (ceil(O/32))          block (32, 32)  programmatic: it waits for backward itself
 // MEMORY    forward 2NOs bytes, backward NOs + 4PO, sum 4PO + 8O, s = bytes of floatX
 // FLOPS     NO each: bandwidth bound
 // NUMERICS  sums in float in a fixed order: bit-reproducible
@@ -28,19 +28,34 @@ extern "C" __global__ void __launch_bounds__(256) bias_forward(
 
 extern "C" __global__ void __launch_bounds__(128) bias_backward(
     f32* __restrict__ partial, const floatX* __restrict__ dout, i32 N) {
-    for (int i = threadIdx.x; i < VECTORS; i += 128) {
-        float sum[W] = {};
-#pragma unroll 4
-        for (i64 n = blockIdx.x; n < N; n += gridDim.x) {
-            const Row d = reinterpret_cast<const Row*>(dout + n * O)[i];
+    let_next_start();
+    constexpr int WARPS = 4, BATCH = 8;  // rows of which a thread has the loads on their way at once
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.y * 32 + lane;
+    const i64 step = (i64)gridDim.x * WARPS;
+    const Row* column = reinterpret_cast<const Row*>(dout) + min(i, VECTORS - 1);
+    float sum[W] = {};
+    for (i64 first = (i64)blockIdx.x * WARPS + warp; first < N; first += step * BATCH) {
+        Row d[BATCH];
 #pragma unroll
-            for (int k = 0; k < W; k++) sum[k] += d[k];
-        }
+        for (int j = 0; j < BATCH; j++) d[j] = column[min(first + j * step, (i64)N - 1) * VECTORS];
 #pragma unroll
-        for (int k = 0; k < W; k++) partial[(i64)blockIdx.x * O + i * W + k] = sum[k];
+        for (int j = 0; j < BATCH; j++)
+#pragma unroll
+            for (int k = 0; k < W; k++) sum[k] += first + j * step < N ? d[j][k] : 0.0f;
     }
+    __shared__ float sums[WARPS][W][32];
+#pragma unroll
+    for (int k = 0; k < W; k++) sums[warp][k][lane] = sum[k];
+    __syncthreads();
+    if (warp > 0 || i >= VECTORS) return;
+#pragma unroll
+    for (int k = 0; k < W; k++)
+        partial[(i64)blockIdx.x * O + i * W + k] = sums[0][k][lane] + sums[1][k][lane] + sums[2][k][lane] +
+                                                   sums[3][k][lane];
 }
 
-extern "C" __global__ void bias_sum_backward(f32* __restrict__ dbias, const f32* __restrict__ partial, i32 parts) {
+extern "C" __global__ void __launch_bounds__(1024) bias_sum_backward(
+    f32* __restrict__ dbias, const f32* __restrict__ partial, i32 parts) {
+    wait_for_previous();
     add_parts(dbias, partial, parts, O, O);
 }

@@ -19,7 +19,8 @@
 //           FLOATX      RUNTIME  N, T
 // LAUNCH    table            grid (ceil(T*HS/2 / 256))   block (256)
 //           forward          grid (ceil(heads / PER))    block (256)   PER = 256 / GROUP heads, of GROUP lanes each
-//           backward         grid (PARTS)                block (256)   heads part*PER .. , then every PARTS*PER-th
+//           backward         grid (PARTS)                block (256)   heads part*PER .. , then every PARTS*PER-th;
+//                            as forward where heads have no norms
 //           weight_backward  grid (ceil(HS/32), 2)       block (32, 32)
 // MEMORY    forward, backward 2 N (NH+NKV) HS s bytes, and T HS 4 of table, which stays in L2
 // FLOPS     3 N (NH+NKV) HS, with norms 8: bandwidth bound

@@ -58,11 +58,11 @@ BF16 = Family("attention.cu", 128, 256, 64)
 F32 = Family("attention_f32.cu", 32, 128, 32)
 FAMILIES = {"bf16": BF16, "f32": F32}
 _GRADIENT = ("dqkv:floatX*", "tokens:map", "douts:map", "lse:const f32*", "delta:const f32*")
-SM90_FORWARD = KernelSpec("attention_sm90.cu", "attention_sm90_forward", BAKED,
+SM90_FORWARD = KernelSpec("attention_sm90.cu", "attention_forward", BAKED,
                           ("out:floatX*", "lse:f32*", "tokens:map", "B:i32", "T:i32", "scale:f32"))
-SM90_DKV = KernelSpec("attention_sm90_backward.cu", "attention_sm90_backward_dkv", BAKED,
+SM90_DKV = KernelSpec("attention_sm90_backward.cu", "attention_backward_dkv", BAKED,
                       (*_GRADIENT, "T:i32", "scale:f32"))
-SM90_DQ = KernelSpec("attention_sm90_backward.cu", "attention_sm90_backward_dq", BAKED,
+SM90_DQ = KernelSpec("attention_sm90_backward.cu", "attention_backward_dq", BAKED,
                      (*_GRADIENT, "B:i32", "T:i32", "scale:f32"))
 SM90 = (SM90_FORWARD, SM90_DKV, SM90_DQ)
 SPECS = (*BF16.specs, *F32.specs, *SM90)

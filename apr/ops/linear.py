@@ -46,5 +46,7 @@ def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:
     """Gradient of bias_forward: dbias (O,) f32 += column sums of dout (N, O); partial (PARTS, O) f32 is scratch."""
     (n, o), parts = dout.shape, partial.shape[0]
     baked = linear_baked(o, floatx(dout))
-    dev.launch(BIAS_BACKWARD, baked, (parts,), (128,), (partial, dout, np.int32(n)))
-    dev.launch(BIAS_SUM_BACKWARD, baked, (blocks(o, 32),), (32, 32), (dbias, partial, np.int32(parts)))
+    columns = blocks(o // vector_width(o, dout.itemsize), 32)
+    dev.launch(BIAS_BACKWARD, baked, (parts, columns), (128,), (partial, dout, np.int32(n)))
+    dev.launch(BIAS_SUM_BACKWARD, baked, (blocks(o, 32),), (32, 32), (dbias, partial, np.int32(parts)),
+               programmatic=True)

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from apr.buffers import SIZES
 from apr.device import Device
-from apr.kernel import Baked, KernelSpec, blocks, floatx
+from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
 
 BAKED = ("BLOCK", "C", "EPS", "FLOATX")
 FORWARD = KernelSpec("rmsnorm.cu", "rmsnorm_forward", BAKED,
@@ -16,14 +17,28 @@ BACKWARD = KernelSpec("rmsnorm.cu", "rmsnorm_backward", BAKED,
                        "inp:const floatX*", "weight:const floatX*", "rstd:const f32*", "N:i32"))
 WEIGHT_BACKWARD = KernelSpec("rmsnorm.cu", "rmsnorm_weight_backward", BAKED,
                              ("dweight:f32*", "partial:const f32*", "parts:i32"))
+FEW = 4  # vectors of 16 bytes of a row that a thread holds
 SPECS = (FORWARD, BACKWARD, WEIGHT_BACKWARD)
 
 
 def rmsnorm_baked(C: int, eps: float, storage: str) -> Baked:
-    """The baked values of all three kernels; a thread takes one or two vectors of 16 bytes up to C = 4096."""
-    vectors = C * (2 if storage == "bf16" else 4) // 16
-    return {"BLOCK": 128 if vectors <= 256 else 256 if vectors <= 1024 else 512, "C": C, "EPS": float(eps),
+    """The baked values of all three kernels; a thread takes up to four vectors of a row of up to 2048 of them."""
+    vectors = _vectors(C, storage)
+    return {"BLOCK": 128 if vectors <= 128 * FEW else 256 if vectors <= 256 * FEW else 512, "C": C, "EPS": float(eps),
             "FLOATX": storage}
+
+
+def _vectors(C: int, storage: str) -> int:
+    """Accesses of at most 16 bytes to a row."""
+    return C // vector_width(C, SIZES[storage])
+
+
+def _rows(baked: Baked) -> int:
+    """Rows of a block, as ROWS in the source."""
+    block, threads = int(baked["BLOCK"]), 32
+    while threads < block and threads * FEW < _vectors(int(baked["C"]), str(baked["FLOATX"])):
+        threads *= 2
+    return block // threads
 
 
 def rmsnorm_forward(dev: Device, out: Any, rstd: Any, residual: Any, inp: Any, update: Any, weight: Any, *,
@@ -35,7 +50,7 @@ def rmsnorm_forward(dev: Device, out: Any, rstd: Any, residual: Any, inp: Any, u
     """
     n, c = out.shape
     baked = rmsnorm_baked(c, eps, floatx(out))
-    dev.launch(FORWARD, baked, (n,), (int(baked["BLOCK"]),),
+    dev.launch(FORWARD, baked, (blocks(n, _rows(baked)),), (int(baked["BLOCK"]),),
                (out, rstd, residual, inp, update, weight, np.int32(n)))
 
 
@@ -50,4 +65,5 @@ def rmsnorm_backward(dev: Device, dinp: Any, dweight: Any, out: Any, partial: An
     baked, parts = rmsnorm_baked(c, eps, floatx(dinp)), partial.shape[0]
     dev.launch(BACKWARD, baked, (parts,), (int(baked["BLOCK"]),),
                (dinp, out, partial, dout, dresidual, inp, weight, rstd, np.int32(n)))
-    dev.launch(WEIGHT_BACKWARD, baked, (blocks(c, 32),), (32, 32), (dweight, partial, np.int32(parts)))
+    dev.launch(WEIGHT_BACKWARD, baked, (blocks(c, 32),), (32, 32), (dweight, partial, np.int32(parts)),
+               programmatic=True)

@@ -76,7 +76,9 @@ def rope_backward(dev: Device, dinp: Any, q_dweight: Any, k_dweight: Any, partia
     """
     n, parts = dinp.shape[0], partial.shape[0]
     baked, w = rope_baked(config, floatx(dinp)), norm or HeadNorm(None, None, None)
-    dev.launch(BACKWARD, baked, (parts,), (256,),
+    heads = n * (config.NH + config.NKV)  # without norms nothing is summed over them
+    grid = parts if norm is not None else blocks(heads, 256 // _group(config.HS, dinp.itemsize))
+    dev.launch(BACKWARD, baked, (grid,), (256,),
                (dinp, partial, dout, inp, w.q_weight, w.k_weight, w.rstd, cos, sin, np.int32(n), np.int32(T)))
     if norm is not None:
         dev.launch(WEIGHT_BACKWARD, baked, (blocks(config.HS, 32), 2), (32, 32),

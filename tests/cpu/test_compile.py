@@ -33,7 +33,6 @@ STACK = {
     "attention_forward": 32,  # held to 128 registers, so that two blocks are on an SM
     "attention_backward_dkv": 16,  # HS = 128 needs all 255 registers
     "attention_backward_dq": 40,
-    "attention_sm90_forward": 16, "attention_sm90_backward_dq": 24,  # HS = 128: 240 registers of a computing thread
     "rmsnorm_backward": 16,  # two vectors of a row in 48 registers
     # f32, eight inputs of Llama 3.2's width: the compiler holds itself to 64 registers; fewer rows would cost more
     "decode_qkv": 8, "decode_gate_up": 8, "decode_head": 8,

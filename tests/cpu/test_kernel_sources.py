@@ -26,7 +26,8 @@ def test_the_header_says_everything(path):
     assert [line for line in LINES if not re.search(rf"^// {line} +\S", header, re.M)] == []
     entries = {spec.entry for spec in KERNELS if spec.source == path.name}
     launches = header[header.index("// LAUNCH"):header.index("// MEMORY")]
-    short = {e.removeprefix(f"{path.stem.removesuffix('_f32')}_").removeprefix("backward_") for e in entries}
+    stem = re.sub("_(f32|sm90)(?=_|$)", "", path.stem)
+    short = {e.removeprefix(f"{stem}_").removeprefix("backward_") for e in entries}
     assert [e for e in short if e not in launches and "both" not in launches] == []
 
 

@@ -10,8 +10,8 @@ from small_kernels import BAKED, HEADER, SOURCE, SPEC, small_cache, use_fake_com
 from apr import paths, ptx_cache
 from apr.config import RopeScaling
 from apr.errors import KernelCacheFrozen, KernelCompileError, KernelParamError
-from apr.kernel import ARGUMENT, DEVICE_DTYPES, KernelSpec, spell
-from apr.ops import attention
+from apr.kernel import ARGUMENT, DEVICE_DTYPES, FAST_PATHS, KernelSpec, spell
+from apr.ops import attention, cross_entropy
 from apr.ops.linear import SPECS as LINEAR
 from apr.ops.rmsnorm import FORWARD, rmsnorm_baked
 from apr.presets import PRESETS, llama3_2_1b, qwen2_0_5b, qwen3_0_6b
@@ -189,11 +189,14 @@ def test_after_freeze_nothing_is_compiled(make, monkeypatch):
 
 
 # The registered kernels, against their sources.
+MAP = "const __grid_constant__ TensorMap"
+
+
 def signatures(source: str) -> dict[str, list[tuple[str, str]]]:
     """Entry to its parameters: (type in the grammar of KernelSpec.args, without `?`; name)."""
     text = ptx_cache.COMMENT.sub(" ", expand(source, paths.kernels_dir()))
     found = {}
-    for match in re.finditer(r'extern "C" __global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)'
+    for match in re.finditer(r'extern "C" __global__ void\s+(?:__\w+__\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)'
                              r"\(([^)]*)\)", text):
         parameters = [" ".join(p.replace("__restrict__", " ").replace("*", " * ").split()) for p in match[2].split(",")]
         found[match[1]] = [re.fullmatch(r"([\w ]+?) ?(\*?) (\w+)", p).groups() for p in parameters]
@@ -205,9 +208,10 @@ def test_a_spec_is_what_its_source_says(spec):
     text = expand(spec.source, paths.kernels_dir())
     assert set(spec.baked) == baked_names(spec.source, text) and list(spec.baked) == sorted(spec.baked)
     declared = [ARGUMENT.fullmatch(a).groups() for a in spec.args]
-    assert [((const or "") + kind + (star or "").rstrip("?"), name) for name, const, kind, star in declared] == \
-        signatures(spec.source)[spec.entry]
-    assert {kind for _, _, kind, _ in declared} <= {*DEVICE_DTYPES, "floatX"}
+    types = [MAP if kind is None else (const or "") + kind + (star or "").rstrip("?")
+             for _, const, kind, star in declared]
+    assert list(zip(types, (name for name, *_ in declared), strict=True)) == signatures(spec.source)[spec.entry]
+    assert {kind for _, _, kind, _ in declared} <= {*DEVICE_DTYPES, "floatX", None}
     assert len({name for name, *_ in declared}) == len(declared)
     body = text.split(f"{spec.entry}(", 1)[1].partition('extern "C"')[0]
     maybe_null = set(re.findall(r"(\w+) [!=]= nullptr", body))
@@ -223,17 +227,22 @@ def test_every_entry_of_every_source_has_a_spec():
     assert len({(s.source, s.entry) for s in KERNELS}) == len(KERNELS) > 20
 
 
+@pytest.mark.parametrize("fast", [(), ("cross_entropy",), ("attention",), tuple(FAST_PATHS)], ids=" ".join)
 @pytest.mark.parametrize("storage", ["f32", "bf16"])
-def test_the_registry_has_every_kernel_of_a_model(storage):
+def test_the_registry_has_every_kernel_of_a_model(storage, fast):
     """And each variant's names are exact; and eps, theta and scaling are the model's."""
     cache = PtxCache("sm_90a", None)
-    other = set(attention.FAMILIES["f32" if storage == "bf16" else "bf16"].specs)
+    other = set(cross_entropy.SPECS) - set(cross_entropy.FAST if "cross_entropy" in fast else cross_entropy.GENERAL)
     scaled = replace(qwen2_0_5b, rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                           original_max_position_embeddings=8192))
     for config in (*PRESETS.values(), scaled):
-        found = variants(config, storage)
+        found = variants(config, storage, frozenset(fast))
         generation = {spec for spec in KERNELS if spec.source in DECODING}
-        expected = set(KERNELS) - generation - other - (set() if config.use_bias else set(LINEAR))
+        attends = set(attention.FAMILIES[storage].specs)
+        if storage == "bf16" and "attention" in fast and config.HS in (64, 128):  # delta's kernel is the general path's
+            attends = {*attention.SM90, attention.BF16.specs[1]}
+        absent = generation | other | (set(attention.SPECS) - attends) | (set() if config.use_bias else set(LINEAR))
+        expected = set(KERNELS) - absent
         assert {spec for spec, _ in found} == expected and len(found) == len(expected)
         for spec, baked in found:
             cache.recipe(spec, baked)

@@ -1,17 +1,39 @@
-"""The cross-entropy kernels: ignored targets, garbage in the padded columns, huge and equal scores, and the sum."""
+"""The cross-entropy kernels: ignored targets, garbage in the padded columns, huge and equal scores, and the sum.
+
+Every test runs twice: with the kernels that this GPU takes (`own`), which on Hopper are the fast ones, and with the
+general ones.
+"""
 
 import numpy as np
 import pytest
 from harness import Arrays, f64, gate, rounded, same_bits
 
 from apr.config import IGNORE
-from apr.ops.cross_entropy import cross_entropy_forward, cross_entropy_forward_backward, cross_entropy_sum
+from apr.ops.cross_entropy import (
+    FAST_FORWARD,
+    FORWARD,
+    cross_entropy_forward,
+    cross_entropy_forward_backward,
+    cross_entropy_sum,
+    variants,
+)
 from apr.reference.cross_entropy import cross_entropy_forward_backward as reference
 
-# N, V, padded V: one row; V odd, prime, a multiple of nothing, without padding; GPT-2's vocabulary
-CASES = [(1, 97, 128), (17, 37, 128), (127, 123, 128), (129, 128, 128), (70, 1000, 1024), (33, 50257, 50304)]
+# N, V, padded V: one row; V odd, prime, a multiple of nothing, without padding; GPT-2's vocabulary; then rows that a
+# cluster of 1, 2, 4 and 8 blocks shares on Hopper, whatever the type, and one that its shared memory cannot hold in f32
+CASES = [(1, 97, 128), (17, 37, 128), (127, 123, 128), (129, 128, 128), (70, 1000, 1024), (33, 50257, 50304),
+         (40, 512, 512), (9, 20001, 20096), (5, 38911, 39040), (3, 151936, 151936), (4, 151643, 151680),
+         (2, 250002, 250112)]
 DLOSS = 0.037
 GARBAGE = 1e30  # in the padded columns: a maximum or a sum over them would drown everything
+
+
+@pytest.fixture(params=["own", "general"], autouse=True)
+def path(request, dev, monkeypatch):
+    """Which kernels the test launches."""
+    if request.param == "general":
+        monkeypatch.setattr(dev, "fast", frozenset())
+    return request.param
 
 
 def some(arrays, rng, case, size=3.0):
@@ -107,6 +129,39 @@ def test_cross_entropy_gives_the_same_bits_twice(dev, storage):
         losses, dlogits, *_ = backward(arrays, np.random.default_rng(1), (33, 50257, 50304))
         return {"losses": arrays.bits(losses), "dlogits": arrays.bits(dlogits)}
     same_bits(run)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("case", [(6, 97, 128), (6, 50257, 50304)])
+def test_cross_entropy_of_a_row_that_is_not_finite_is_not_a_number_and_stays_in_its_row(arrays, rng, case, bad):
+    """One score that is not a number, or is infinite; scores of -inf alone are no probability, one of them is 0."""
+    n, v, vp = case
+    logits = arrays.round(np.full((n, vp), GARBAGE, np.float32))
+    logits[:, :v] = arrays.round(rng.standard_normal((n, v)))
+    targets = np.array([1, 2, IGNORE, 4, 5, v - 1], np.int32)
+    logits[1, v // 2], logits[2, :v], logits[4, :v] = bad, bad, -np.inf
+    losses, buffer = arrays.out(n, dtype="f32"), arrays.update(logits)
+    cross_entropy_forward_backward(arrays.dev, losses, buffer, arrays.read(targets, "i32"),
+                                   arrays.read(np.array([DLOSS]), "f64"), v)
+    loss, gradient = arrays.get(losses), arrays.get(buffer)[:, :v]
+    finite = [0, 3, 5] + ([1] if bad == -np.inf else [])
+    assert np.isfinite(loss[finite]).all() and np.isfinite(gradient[finite]).all()
+    assert loss[2] == 0 and not gradient[2].any(), "an ignored row is not looked at"
+    assert not np.isfinite(loss[4])
+    if bad != -np.inf:
+        assert np.isnan(loss[1]) and np.isnan(gradient[1]).any()
+    with np.errstate(invalid="ignore"):
+        truth_losses, truth = expected(logits[finite], targets[finite], v)
+    assert np.abs(loss[finite] - truth_losses).max() <= 1e-5
+    assert np.abs(gradient[finite] - truth).max() <= 4e-3 * DLOSS
+
+
+def test_cross_entropy_takes_the_path_that_it_should(dev, path):
+    """On Hopper the fast one, in shared memory; where a row does not fit, and elsewhere, the general one."""
+    spec, baked = variants(151936, 151936, "bf16", dev.fast)[0]
+    fast = path == "own" and dev.cache.arch == "sm_90a"
+    assert (spec, baked.get("CLUSTER")) == ((FAST_FORWARD, 8) if fast else (FORWARD, None))
+    assert variants(250002, 250112, "f32", dev.fast)[0][0] is FORWARD
 
 
 def test_cross_entropy_rows_do_not_touch_each_other(f32, rng):
