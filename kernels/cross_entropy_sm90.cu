@@ -40,8 +40,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
     return out;
 }
-// Exponentials are relative to a shift, which comes from a score.
-__device__ __forceinline__ float shift_of(float score) { return FAST ? score * LOG2E : score; }
+// Exponentials are relative to a shift, which comes from a score: rounded here, and never fused with a subtraction, or
+// the difference of two equal shifts of LOW would be the rounding, whose exponential is infinite.
+__device__ __forceinline__ float shift_of(float score) { return FAST ? __fmul_rn(score, LOG2E) : score; }
 __device__ __forceinline__ float power(float score, float shift) {
     return FAST ? exp2_fast(fmaf(score, LOG2E, -shift)) : expf(score - shift);
 }
@@ -86,18 +87,22 @@ __device__ __forceinline__ void wait_for_chunk(const u64& arrived) {
     while (!done);
 }
 
-// To arrive, and to wait until all blocks of the cluster have; `release`: what was written before it is seen then.
-__device__ __forceinline__ void cluster_arrive(bool release) {
-    if (release) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    else asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void say_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void all_have_begun() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Put the statistics into `slot` of the block number `to` of the cluster.
-__device__ __forceinline__ void send(const Statistics* slot, int to, const Statistics& s) {
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "st.shared::cluster.v2.f32 [there], {%2, %3};\n}" ::"r"(shared_address(slot)), "r"(to), "f"(s.highest),
-                 "f"(s.sum) : "memory");
+// Put the statistics into `slot` of the block number `to` of the cluster, whose barrier `gathered` counts the bytes.
+__device__ __forceinline__ void send(const Statistics* slot, const u64* gathered, int to, const Statistics& s) {
+    asm volatile("{\n.reg .u32 there, barrier;\nmapa.shared::cluster.u32 there, %0, %2;\n"
+                 "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [barrier];\n}" ::"r"(
+                     shared_address(slot)), "r"(shared_address(gathered)), "r"(to), "f"(s.highest), "f"(s.sum)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_all(const u64& gathered) {
+    u32 done;
+    do asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+                    "selp.u32 %0, 1, 0, done;\n}" : "=r"(done) : "r"(shared_address(&gathered)) : "memory");
+    while (!done);
 }
 
 // The statistics of what this thread reads of the block's part, as it arrives. `first`: the part's first vector.
@@ -153,7 +158,7 @@ template <bool BACKWARD>
 __device__ __forceinline__ void cross_entropy(f32* __restrict__ losses, floatX* logits, const i32* __restrict__ targets,
                                               const f64* __restrict__ dloss) {
     extern __shared__ __align__(128) Part part[];
-    __shared__ u64 arrived[CHUNKS];
+    __shared__ u64 arrived[CHUNKS], gathered;
     __shared__ Statistics warps[CLUSTER * WARPS];  // of the whole cluster
     const int rank = blockIdx.x % CLUSTER, first = rank * PART, lane = threadIdx.x % 32;
     const i64 n = blockIdx.x / CLUSTER;
@@ -165,15 +170,19 @@ __device__ __forceinline__ void cross_entropy(f32* __restrict__ losses, floatX* 
             for (int i = threadIdx.x; i < PART; i += BLOCK) mine[i] = Part{};
         return;
     }
-    if (threadIdx.x == 0) fetch(part, mine, arrived);
+    if (threadIdx.x == 0) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&gathered)) : "memory");
+        fetch(part, mine, arrived);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&gathered)),
+                     "r"((u32)sizeof(warps)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
     __syncthreads();
-    cluster_arrive(false);  // this block has begun: its shared memory may be written
+    say_begun();  // from here on this block's shared memory may be written
     const Statistics own = warp_statistics(part_statistics(part, first, arrived));
-    cluster_wait();
-    if (lane < CLUSTER) send(&warps[rank * WARPS + threadIdx.x / 32], lane, own);
-    __syncwarp();
-    cluster_arrive(true);
-    cluster_wait();  // from here on no block reads or writes another's memory, so each may end
+    all_have_begun();
+    if (lane < CLUSTER) send(&warps[rank * WARPS + threadIdx.x / 32], &gathered, lane, own);
+    wait_for_all(gathered);  // and none writes here any more, so this block may end
 
     Statistics row = {LOW, 0.0f};
     for (int i = lane; i < CLUSTER * WARPS; i += 32) merge(row, warps[i].highest, warps[i].sum);

@@ -16,7 +16,7 @@ from types import TracebackType
 from apr.contract import Contract, Falsifier
 from apr.errors import MeasureError, NotFoundError, did_you_mean
 from apr.files import PrivateFolder
-from apr.tools.pytest_runs import Run, pytest, python
+from apr.tools.pytest_runs import Run, merged, pytest, python
 
 # Worst first. A falsifier's outcome; of several that another rests on, the worst counts.
 FAULTS = {"broken": "its test fails without any mutant", "survived": "its test passes under the mutant",
@@ -81,13 +81,20 @@ class Copies:
         self.folder.remove()
 
     def unmutated(self, tests: Iterable[str]) -> Run:
-        """These tests in the first copy, which must be idle, as must all. Raises MeasureError if apr is not its own."""
-        copy, ids = self.copies[0], sorted(set(tests))
+        """These tests, their files shared out among the copies, which must be idle; outcomes as of one run.
+
+        Raises MeasureError if apr is not the copy's own.
+        """
+        copy, ids = self.copies[0], set(tests)
         where = python(copy, ["-c", "import apr; print(apr.__file__)"], self.environment, self.suite.seconds)
         if not Path(where.stdout.strip() or "/").resolve().is_relative_to(copy):
             raise MeasureError("apr contracts falsify", f"apr of the copy {copy}",
                                (where.stdout + where.stderr).strip()[-200:] or "none", "run it in the checkout")
-        return self._pytest(copy, ids, UNMUTATED_SECONDS)
+        files = sorted({i.partition("::")[0] for i in ids})
+        shares = [sorted(i for i in ids if i.partition("::")[0] in files[n::len(self.copies)])
+                  for n in range(min(len(files), len(self.copies)))]
+        runs = self.pool.map(self._pytest, self.copies, shares, [UNMUTATED_SECONDS] * len(shares))
+        return merged(list(runs))
 
     def start(self, falsifier: Falsifier) -> Future[Outcome]:
         """The run of a mutant; a second call returns the first one's."""

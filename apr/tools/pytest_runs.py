@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +80,14 @@ def pytest(root: Path, tests: Iterable[str], options: Iterable[str], environment
     except subprocess.TimeoutExpired:
         return Run(TIMED_OUT, f"no end in {timeout:.0f} s", seconds=time.monotonic() - start)
     return Run(run.returncode, run.stdout + run.stderr, _results(report), time.monotonic() - start)
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """Runs beside each other as one: the first code that is not 0, and the output of those that failed at the end."""
+    outputs = [run.output for run in sorted(runs, key=lambda run: run.code != 0)]
+    return Run(next((run.code for run in runs if run.code != 0), 0), "\n".join(outputs),
+               {name: result for run in runs for name, result in run.tests.items()},
+               max((run.seconds for run in runs), default=0.0))
 
 
 def collect(root: Path, files: Iterable[str], environment: Mapping[str, str], timeout: float) -> tuple[set[str], str]:

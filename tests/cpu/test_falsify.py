@@ -15,7 +15,7 @@ from apr.driver import DriverInfo
 from apr.errors import MeasureError
 from apr.tools import falsify as tool
 from apr.tools.falsify import GOOD, OUTCOMES, Copies, Outcome, Suite, judge, resting
-from apr.tools.pytest_runs import Run
+from apr.tools.pytest_runs import Run, merged
 
 SUITE = Suite(2, ("-p", "no:cacheprovider"))
 RED = "E       AssertionError: no\n"
@@ -172,6 +172,13 @@ def test_what_counts_as_a_kill(code, output, equivalent, word):
     falsifier = Falsifier(id="A-001", claim="c", test="tests/cpu/a.py::a", mutant=Mutant("a", "b", "c"),
                           equivalent=equivalent)
     assert judge(falsifier, Run(code, output)).outcome == word
+
+
+def test_runs_beside_each_other_count_as_one():
+    runs = [Run(1, "a is red", {"a": "failure"}, 3.0), Run(0, "fine", {"b": "passed"}, 5.0)]
+    whole = merged(runs)
+    assert (whole.code, whole.red, whole.passed("b"), whole.passed("a"), whole.seconds) == (1, "a", True, False, 5.0)
+    assert whole.last_words.endswith("a is red") and merged(runs[1:]).code == 0
 
 
 def test_the_worst_of_what_a_falsifier_rests_on_is_its_outcome():
