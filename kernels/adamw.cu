@@ -45,10 +45,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) adamw_update(
 #pragma unroll
     for (int e = 0; e < EACH; e++) {  // all of them before anything is waited for
         const i64 at = first + e * BLOCK;
-        g4[e] = read_once(reinterpret_cast<const Quad*>(grads) + at, at < quads);
-        p4[e] = read_once(reinterpret_cast<const Quad*>(master) + at, at < quads);
-        m4[e] = read_once(reinterpret_cast<const Quad*>(m) + at, at < quads);
-        v4[e] = read_once(reinterpret_cast<const Quad*>(v) + at, at < quads);
+        g4[e] = read(reinterpret_cast<const Quad*>(grads) + at, at < quads);
+        p4[e] = read(reinterpret_cast<const Quad*>(master) + at, at < quads);
+        m4[e] = read(reinterpret_cast<const Quad*>(m) + at, at < quads);
+        v4[e] = read(reinterpret_cast<const Quad*>(v) + at, at < quads);
     }
     if (stats[2] == 0.0) return;
     const float clip = factors[0], rate = factors[1], correction2 = factors[2];
@@ -67,9 +67,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) adamw_update(
             v4[e].set(k, v_new);
             p4[e].set(k, p);
         }
-        write_once(reinterpret_cast<Quad*>(master) + at, p4[e]);
-        write_once(reinterpret_cast<Quad*>(m) + at, m4[e]);
-        write_once(reinterpret_cast<Quad*>(v) + at, v4[e]);
+        write(reinterpret_cast<Quad*>(master) + at, p4[e]);
+        write(reinterpret_cast<Quad*>(m) + at, m4[e]);
+        write(reinterpret_cast<Quad*>(v) + at, v4[e]);
         Vec<floatX, 4> copy;
         copy.fill([&](int k) { return p4[e][k]; });
         if (params != nullptr) reinterpret_cast<Vec<floatX, 4>*>(params)[at] = copy;

@@ -66,31 +66,21 @@ template <typename X, int W> struct alignas(sizeof(X) * W) Vec {
 };
 constexpr int VEC = 16 / sizeof(floatX);
 
-// Reading and writing what no cache need keep, 16 bytes at a time: it leaves the caches before what does not say so.
-// Reads are issued in the order in which they stand, so that all are on their way before the first is waited for; where
-// `there` is false nothing is read, and the elements are 0.
-template <typename T> __device__ __forceinline__ T read_once(const T* at, bool there) {
+// Reading and writing 16 bytes at a time. Reads are issued in the order in which they stand, so that all are on their
+// way before the first is waited for; where `there` is false nothing is read, and the elements are 0. (An assignment may
+// become four accesses of 4 bytes.) Hints that no cache need keep the data cost 1 to 8 % on an H200: docs/log.md.
+template <typename T> __device__ __forceinline__ T read(const T* at, bool there) {
     T out = {};
     if constexpr (sizeof(T) != 16) {
         if (there) out = *at;
     } else {
         u32* word = reinterpret_cast<u32*>(&out);
         asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %5, 0;\nmov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\n"
-                     "mov.u32 %3, 0;\n@there ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                     "mov.u32 %3, 0;\n@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
                      : "=&r"(word[0]), "=&r"(word[1]), "=&r"(word[2]), "=&r"(word[3]) : "l"(at), "r"((u32)there));
     }
     return out;
 }
-template <typename T> __device__ __forceinline__ void write_once(T* at, const T& value) {
-    if constexpr (sizeof(T) != 16) {
-        *at = value;
-    } else {
-        const u32* word = reinterpret_cast<const u32*>(&value);
-        asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
-                     "r"(word[3]) : "memory");
-    }
-}
-// As write_once, but the next kernel reads it. (An assignment may become four writes of 4 bytes.)
 template <typename T> __device__ __forceinline__ void write(T* at, const T& value) {
     if constexpr (sizeof(T) != 16) {
         *at = value;

@@ -91,15 +91,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK) rmsnorm_forward(
     Row x[EACH], u[EACH];
 #pragma unroll
     for (int e = 0; e < EACH; e++) {  // all of the row before anything is waited for
-        x[e] = read_once(reinterpret_cast<const Row*>(inp) + row.at(e), row.has(e));
-        if (update != nullptr) u[e] = read_once(reinterpret_cast<const Row*>(update) + row.at(e), row.has(e));
+        x[e] = read(reinterpret_cast<const Row*>(inp) + row.at(e), row.has(e));
+        if (update != nullptr) u[e] = read(reinterpret_cast<const Row*>(update) + row.at(e), row.has(e));
     }
     float sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
         if (update != nullptr) {
             x[e].fill([&](int k) { return x[e][k] + u[e][k]; });
-            if (row.has(e)) write_once(reinterpret_cast<Row*>(residual) + row.at(e), x[e]);
+            if (row.has(e)) write(reinterpret_cast<Row*>(residual) + row.at(e), x[e]);
         }
 #pragma unroll
         for (int k = 0; k < W; k++) sum += x[e][k] * x[e][k];
@@ -164,9 +164,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK) rmsnorm_backwar
         Row x[EACH], d[EACH], skip[EACH];
 #pragma unroll
         for (int e = 0; e < EACH; e++) {  // all of the row before anything is waited for
-            x[e] = read_once(reinterpret_cast<const Row*>(inp) + row.at(e), row.has(e));
-            d[e] = read_once(reinterpret_cast<const Row*>(dout) + row.at(e), row.has(e));
-            skip[e] = read_once(reinterpret_cast<const Row*>(dresidual) + row.at(e), skips && row.has(e));
+            x[e] = read(reinterpret_cast<const Row*>(inp) + row.at(e), row.has(e));
+            d[e] = read(reinterpret_cast<const Row*>(dout) + row.at(e), row.has(e));
+            skip[e] = read(reinterpret_cast<const Row*>(dresidual) + row.at(e), skips && row.has(e));
         }
         const float r = row.there ? rstd[row.n] : 0.0f;
         float sum = 0.0f;

@@ -52,8 +52,10 @@ class Suite:
     shared_cache: bool = False  # compiled kernels: their keys are hashes of the sources, so no mutant meets another's
 
 
-SUITES = {"cpu": Suite(len(os.sched_getaffinity(0)), ("-p", "no:cacheprovider"), {"OPENBLAS_NUM_THREADS": "1"}),
-          "gpu": Suite(6, ("--require-gpu",), {"OPENBLAS_NUM_THREADS": "2"}, 300.0, shared_cache=True)}
+CORES = len(os.sched_getaffinity(0))
+SUITES = {"cpu": Suite(CORES, ("-p", "no:cacheprovider"), {"OPENBLAS_NUM_THREADS": "1"}),
+          "gpu": Suite(max(2, min(12, CORES - 2)), ("--require-gpu",), {"OPENBLAS_NUM_THREADS": "1"}, 300.0,
+                       shared_cache=True)}  # on one GPU, but nearly all of a run is Python, and NumPy's truth
 
 
 class Copies:

@@ -130,11 +130,11 @@ def test_kernels_with_another_constant_are_caught(dev, precision, change, stage)
 
 
 @BOTH
-def test_gradients_that_were_not_cleared_are_caught(dev, precision, monkeypatch):
+def test_gradients_that_are_added_to_those_of_the_step_before_are_caught(dev, precision, monkeypatch):
     trainer, gate = trainer_of(dev, precision), LiveGate(1, 3)
     checked(trainer, gate, 0, batches(0))
-    fill, grads = dev.fill, trainer.arena["grads"]
-    monkeypatch.setattr(dev, "fill", lambda array, byte: None if array is grads else fill(array, byte))
+    product = trainer.gemm.linear_dweight
+    monkeypatch.setattr(trainer.gemm, "linear_dweight", lambda *arrays, add: product(*arrays, add=True))
     with pytest.raises(GateError, match=r"INV-TRAIN-PARITY L0\d.gate_up weight gradient"):
         checked(trainer, gate, 1, batches(1))
 
