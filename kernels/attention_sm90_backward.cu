@@ -1,10 +1,10 @@
-// attention_sm90_backward.cu - attention.cu's dkv and dq for Hopper, as attention_sm90.cu is its forward.
+// attention_sm90_backward.cu - attention.cu's gradient for Hopper, as attention_sm90.cu is its forward.
 //
-// MATH      as in attention.cu, row by row; delta comes from there
+// MATH      as in attention.cu, row by row; dq comes first and computes delta, which dkv reads
 // SOURCE    as in attention_sm90.cu
 // SHAPES    as in attention.cu; tokens, douts: tensor maps of qkv (B, T, QKV) and dout (B, T, NH*HS), boxes of 64 x 64,
 //           128 bytes swizzled; rows from T on read as zero
-// WRITES    dkv: the key and value columns of dqkv =   dq: the query columns =
+// WRITES    dkv: the key and value columns of dqkv =   dq: the query columns =, delta =
 // BAKED     FLOATX (bf16), HS (64, 128), NH, NKV      RUNTIME  B >= 1, T >= 1, scale > 0
 // LAUNCH    dkv  grid (ceil(T/128), NKV*S, B)   block (384)   128 keys, 64 per warpgroup, and one that copies; clusters
 //                of (1, S, 1): S = 1, or 2 to 8 blocks that share the G query heads of a key head, where there are few
@@ -150,6 +150,16 @@ extern "C" __global__ void __launch_bounds__(DKV_BLOCK, 1) attention_backward_dk
     store_rows<QKV>(to + NKV * HS, dv, T - warp_key, 1.0f, 1.0f);
 }
 
+// A quarter of a row of out . dout: the four lanes of a row add theirs.
+DEVICE float dot(const bf16* a, const bf16* b) {
+    float sum = 0.0f;
+    UNROLL for (int i = 0; i < HS / 4; i += VEC) {
+        const auto x = *(const Vec<bf16, VEC>*)(a + i), y = *(const Vec<bf16, VEC>*)(b + i);
+        UNROLL for (int k = 0; k < VEC; k++) sum += x[k] * y[k];
+    }
+    return sum;
+}
+
 struct Dq {
     static constexpr int STAGES = HS == 64 ? 4 : 3;
     Tile<ROWS> queries, douts;
@@ -160,7 +170,8 @@ struct Dq {
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_backward_dq(
     floatX* __restrict__ dqkv, const __grid_constant__ TensorMap tokens, const __grid_constant__ TensorMap douts,
-    const f32* __restrict__ lse, const f32* __restrict__ delta, i32 B, i32 T, f32 scale) {
+    const f32* __restrict__ lse, f32* __restrict__ delta, const floatX* __restrict__ out,
+    const floatX* __restrict__ dout, i32 B, i32 T, f32 scale) {
     Dq& shared = shared_layout<Dq>();
     if (threadIdx.x == 0) {
         shared.rows.init(1, CONSUMERS), shared.pipe.init(1, CONSUMERS);
@@ -196,9 +207,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_backward_dq(
         const i32 group_row = w.row0 + group * 64, warp_row = group_row + threadIdx.x % 128 / 32 * 16;
         f32 log2_sum[2] = {}, mean[2] = {}, dq[HS / 8][4] = {}, prob[8][4], ds[8][4];
         u32 d[4][4];
-        const i64 stat = ((i64)w.batch * NH + w.head) * T + warp_row + lane / 4;
-        UNROLL for (int h = 0; h < 2; h++)                                 // lse in units of log 2, and delta
-            if (warp_row + lane / 4 + 8 * h < T) log2_sum[h] = lse[stat + 8 * h] * LOG2E, mean[h] = delta[stat + 8 * h];
+        UNROLL for (int h = 0; h < 2; h++) {                               // lse in units of log 2, and delta
+            const i32 row = warp_row + lane / 4 + 8 * h;
+            const i64 stat = ((i64)w.batch * NH + w.head) * T + row;
+            if (row < T) {
+                const i64 first = ((i64)w.batch * T + row) * OUT + w.head * HS + lane % 4 * (HS / 4);
+                log2_sum[h] = lse[stat] * LOG2E, mean[h] = dot(out + first, dout + first);
+            }
+            mean[h] = warp_sum<4>(mean[h]);
+            if (row < T && lane % 4 == 0) delta[stat] = mean[h];
+        }
         shared.rows.wait_full(r);
         Cursor<Dq::STAGES> last;                                           // the tile whose sum may still be under way
         for (i32 key0 = 0; key0 < min(w.row0 + ROWS, T); key0 += 64, c.next()) {

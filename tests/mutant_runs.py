@@ -6,6 +6,7 @@ from pathlib import Path
 from apr.contract import Falsifier, load_all
 from apr.paths import contracts_dir
 from apr.tools.falsify import GOOD, SUITES, Copies
+from apr.tools.pytest_runs import Run
 
 ROOT = Path(__file__).parents[1]
 SEED_CLASS = 19  # mutants of docs/numerics, made from the bugs that began the project
@@ -41,9 +42,13 @@ def demand_seeds_killed(copies: Copies, of: Sequence[Falsifier]) -> None:
         assert copies.start(falsifier).result().outcome == "killed"
 
 
-def demand_clean(copies: Copies, of: Sequence[Falsifier]) -> None:
-    """What the mutants are measured against: the same tests pass without them, and those without a mutant hold."""
+def demand_clean(copies: Copies, of: Sequence[Falsifier]) -> Run:
+    """What the mutants are measured against: the same tests pass without them, and those without a mutant hold.
+
+    Returns that run.
+    """
     for future in copies.runs.values():
         future.result()
     run = copies.unmutated({f.test for f in of})
     assert run.code == 0 and all(run.passed(f.test) for f in of), run.output[-3000:]
+    return run

@@ -57,13 +57,14 @@ class Family:
 BF16 = Family("attention.cu", 128, 256, 64)
 F32 = Family("attention_f32.cu", 32, 128, 32)
 FAMILIES = {"bf16": BF16, "f32": F32}
-_GRADIENT = ("dqkv:floatX*", "tokens:map", "douts:map", "lse:const f32*", "delta:const f32*")
+_GRADIENT = ("dqkv:floatX*", "tokens:map", "douts:map", "lse:const f32*")
 SM90_FORWARD = KernelSpec("attention_sm90.cu", "attention_forward", BAKED,
                           ("out:floatX*", "lse:f32*", "tokens:map", "B:i32", "T:i32", "scale:f32"))
 SM90_DKV = KernelSpec("attention_sm90_backward.cu", "attention_backward_dkv", BAKED,
-                      (*_GRADIENT, "T:i32", "scale:f32"))
+                      (*_GRADIENT, "delta:const f32*", "T:i32", "scale:f32"))
 SM90_DQ = KernelSpec("attention_sm90_backward.cu", "attention_backward_dq", BAKED,
-                     (*_GRADIENT, "B:i32", "T:i32", "scale:f32"))
+                     (*_GRADIENT, "delta:f32*", "out:const floatX*", "dout:const floatX*", "B:i32", "T:i32",
+                      "scale:f32"))
 SM90 = (SM90_FORWARD, SM90_DKV, SM90_DQ)
 SPECS = (*BF16.specs, *F32.specs, *SM90)
 
@@ -75,8 +76,7 @@ def fast(c: TransformerConfig, storage: str, paths: frozenset[str]) -> bool:
 
 def specs(c: TransformerConfig, storage: str, paths: frozenset[str]) -> tuple[KernelSpec, ...]:
     """The kernels that this model's attention launches."""
-    general = FAMILIES[storage].specs
-    return (*SM90, general[1]) if fast(c, storage, paths) else general
+    return SM90 if fast(c, storage, paths) else FAMILIES[storage].specs
 
 
 def attention_baked(c: TransformerConfig, storage: str) -> Baked:
@@ -113,18 +113,17 @@ def attention_backward(dev: Device, dqkv: Any, delta: Any, dout: Any, qkv: Any, 
     """
     storage, c = floatx(dqkv), config
     family, baked = FAMILIES[storage], attention_baked(c, storage)
-    _, delta_spec, dkv, dq = family.specs
-    dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), c.NH, B), (128,), (delta, out, dout, np.int32(T)))
     if fast(c, storage, dev.fast):
         _, dkv_shared, dq_shared = sm90_shared(c.HS)
-        maps = (dqkv, _map(qkv, B, T), _map(dout, B, T), lse, delta)
+        maps, numbers = (dqkv, _map(qkv, B, T), _map(dout, B, T), lse, delta), (np.int32(T), np.float32(scale))
+        dev.launch(SM90_DQ, baked, *_by_rows(dev, B, T, c), (*maps, out, dout, np.int32(B), *numbers), dq_shared)
         key_blocks = blocks(T, SM90_KEYS)
         shares = c.G if c.G <= LARGEST_CLUSTER and key_blocks * c.NKV * B < dev.sm_count else 1
-        dev.launch(SM90_DKV, baked, (key_blocks, c.NKV * shares, B), (384,), (*maps, np.int32(T), np.float32(scale)),
-                   dkv_shared, cluster=(1, shares, 1))
-        dev.launch(SM90_DQ, baked, *_by_rows(dev, B, T, c), (*maps, np.int32(B), np.int32(T), np.float32(scale)),
-                   dq_shared)
+        dev.launch(SM90_DKV, baked, (key_blocks, c.NKV * shares, B), (384,), (*maps, *numbers), dkv_shared,
+                   cluster=(1, shares, 1))
         return
+    _, delta_spec, dkv, dq = family.specs
+    dev.launch(delta_spec, baked, (blocks(T, DELTA_ROWS), c.NH, B), (128,), (delta, out, dout, np.int32(T)))
     _, dkv_shared, dq_shared = family.shared(c.HS)
     arguments = (dqkv, qkv, dout, lse, delta, np.int32(T), np.float32(scale))
     dev.launch(dkv, baked, (blocks(T, family.rows), c.NKV, B), (128,), arguments, dkv_shared)

@@ -166,22 +166,27 @@ def falsify(root: Path, falsifiers: Sequence[Falsifier], suite: Suite, workers: 
 
     Raises MeasureError, before any mutant, unless the test of every mutant passes without it.
     """
-    having_mutants, found = [f for f in falsifiers if f.mutant is not None], dict[str, Outcome]()
     with Copies(root, suite, workers) as copies:
-        tests = [f.test for f in falsifiers if f.test is not None]
-        clean = copies.unmutated(tests)
+        clean = copies.unmutated(f.test for f in falsifiers if f.test is not None)
+        having_mutants = [f for f in falsifiers if f.mutant is not None]
         if red := [f for f in having_mutants if not clean.passed(f.test or "")]:
             raise MeasureError(f"{red[0].id}: {red[0].test}", "a test that passes on the code as it is",
                                f"{len(red)} of {len(having_mutants)} do not, pytest: {clean.last_words}",
                                "make them pass first; nothing was measured")
-        for falsifier in falsifiers:
-            if falsifier.mutant is None:
-                held = clean.passed(falsifier.test or "")
-                found[falsifier.id] = Outcome(falsifier.id, "held" if held else "broken", falsifier.test or "")
-                done(falsifier.id)
-        for future in as_completed([copies.start(f) for f in having_mutants]):
-            found[future.result().id] = future.result()
-            done(future.result().id)
+        return outcomes(copies, clean, falsifiers, done)
+
+
+def outcomes(copies: Copies, clean: Run, falsifiers: Sequence[Falsifier], done: Callable[[str], None]) -> list[Outcome]:
+    """Of these falsifiers, in order: those without a mutant by the run without any, the others by their own runs."""
+    found = dict[str, Outcome]()
+    for falsifier in falsifiers:
+        if falsifier.mutant is None:
+            held = clean.passed(falsifier.test or "")
+            found[falsifier.id] = Outcome(falsifier.id, "held" if held else "broken", falsifier.test or "")
+            done(falsifier.id)
+    for future in as_completed([copies.start(f) for f in falsifiers if f.mutant is not None]):
+        found[future.result().id] = future.result()
+        done(future.result().id)
     return [found[f.id] for f in falsifiers]
 
 

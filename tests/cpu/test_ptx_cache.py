@@ -239,8 +239,8 @@ def test_the_registry_has_every_kernel_of_a_model(storage, fast):
         found = variants(config, storage, frozenset(fast))
         generation = {spec for spec in KERNELS if spec.source in DECODING}
         attends = set(attention.FAMILIES[storage].specs)
-        if storage == "bf16" and "attention" in fast and config.HS in (64, 128):  # delta's kernel is the general path's
-            attends = {*attention.SM90, attention.BF16.specs[1]}
+        if storage == "bf16" and "attention" in fast and config.HS in (64, 128):
+            attends = set(attention.SM90)
         absent = generation | other | (set(attention.SPECS) - attends) | (set() if config.use_bias else set(LINEAR))
         expected = set(KERNELS) - absent
         assert {spec for spec, _ in found} == expected and len(found) == len(expected)

@@ -29,6 +29,7 @@ def pytest_addoption(parser):
     """The options of `make test-gpu`."""
     parser.addoption("--require-gpu", action="store_true", help="a missing GPU, or a skipped test, is a failure")
     parser.addoption("--receipt", type=Path, help="where to record a full run in which everything passed")
+    parser.addoption("--falsify-receipt", type=Path, help="where to record the outcomes of the falsifiers")
 
 
 def pytest_configure(config):

@@ -8,6 +8,8 @@ from compare import assert_close
 from models import random_batch
 from test_trainer import BOTH, SMALL, trainer
 
+from apr.kernel import FAST_PATHS
+
 
 @BOTH
 @pytest.mark.parametrize("tied", [True, False])
@@ -49,6 +51,23 @@ def test_the_head_in_parts_is_the_head(dev, precision, monkeypatch):
     assert abs(whole - parts) <= 1e-6 * whole and abs(evaluated - evaluated_parts) <= 1e-6 * evaluated
     for key, value in grads.items():
         assert_close(of_parts[key], value, 1e-5 if precision == "fp32" else 2e-2, key)
+
+
+@pytest.mark.parametrize("off", FAST_PATHS)
+def test_without_a_fast_path_the_gradients_are_the_same(dev, off, monkeypatch):
+    """Each turned off alone, in bf16 with heads of 64 and sequences that fill no tile; the record says which ran."""
+    model = dataclasses.replace(SMALL, head_dim=64, max_position_embeddings=128)
+    batch, found = random_batch(0, 3, 77), {}
+    for fast in (dev.fast, dev.fast - {off}):
+        monkeypatch.setattr(dev, "fast", fast)
+        t = trainer(dev, model, precision="bf16", max_seq_len=77)
+        assert t.record()["path"][off] == ("sm_90a" if off in fast else "general")
+        found[off in fast] = t.gradients(batch, 1 / batch.num_tokens), t.grads
+    general, grads = found[False]
+    loss, of_fast = found.get(True, found[False])
+    assert abs(loss - general) <= 1e-3 * general
+    for key, value in grads.items():
+        assert_close(of_fast[key], value, 2e-2, key)
 
 
 @BOTH
