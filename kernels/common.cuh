@@ -67,8 +67,8 @@ template <typename X, int W> struct alignas(sizeof(X) * W) Vec {
 constexpr int VEC = 16 / sizeof(floatX);
 
 // Reading and writing 16 bytes at a time. Reads are issued in the order in which they stand, so that all are on their
-// way before the first is waited for; where `there` is false nothing is read, and the elements are 0. (An assignment may
-// become four accesses of 4 bytes.) Hints that no cache need keep the data cost 1 to 8 % on an H200: docs/log.md.
+// way before the first is waited for; where `there` is false nothing is read, and the elements are 0. (An assignment
+// may become four accesses of 4 bytes.) Hints that no cache need keep the data cost 1 to 8 % on an H200: docs/log.md.
 template <typename T> __device__ __forceinline__ T read(const T* at, bool there) {
     T out = {};
     if constexpr (sizeof(T) != 16) {

@@ -170,7 +170,7 @@ class FakePointer:
 class FakeDevice:
     """A Device that checks launches as apr/kernel.py does, and keeps what happened, and when."""
 
-    name, ordinal, fast = "NVIDIA H200", 0, frozenset(kernel.FAST_PATHS)
+    name, ordinal, fast, sm_count = "NVIDIA H200", 0, frozenset(kernel.FAST_PATHS), 132
 
     def __init__(self):
         self.events, self.stream = [], "stream"
@@ -178,7 +178,7 @@ class FakeDevice:
                                   get_elapsed_time=lambda a, b: 0.25)
         self.cupy = SimpleNamespace(cuda=runtime, __version__="14")
 
-    def launch(self, spec, baked, grid, block, args, shared=0, programmatic=False):
+    def launch(self, spec, baked, grid, block, args, shared=0, programmatic=False, cluster=None):
         spec.check_baked(baked)
         checks = [kernel._argument(arg, str(baked["FLOATX"])) for arg in spec.args]
         assert len([check(spec.entry, arg) for check, arg in zip(checks, args, strict=True)]) == len(args)
@@ -224,6 +224,7 @@ def bench(monkeypatch):
     """A Bench on a GPU that is not there."""
     monkeypatch.setattr(timing, "Gemm", FakeGemm)
     monkeypatch.setattr(timing, "BLOCK", 1 << 20)
+    monkeypatch.setattr(driver, "tensor_map", lambda *_: bytes(driver.MAP_BYTES))
     return harness.Bench(FakeDevice(), quick=True)
 
 
@@ -238,7 +239,7 @@ def test_launches_fit_their_kernels(op, case, bench):
 
 
 def test_fake_devices_have_what_real_ones_have():
-    methods = {name for name in vars(FakeDevice) if not name.startswith("_")} - {"name", "ordinal", "fast"}
+    methods = {name for name in vars(FakeDevice) if not name.startswith("_")} - {"name", "ordinal", "fast", "sm_count"}
     assert methods <= set(dir(Device))
 
 
