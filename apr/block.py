@@ -20,7 +20,7 @@ from apr.dtypes import BY_NAME
 from apr.gemm import Gemm
 from apr.ops.attention import attention_backward, attention_forward
 from apr.ops.decode_attention import kv_cache_append
-from apr.ops.linear import bias_backward, bias_forward, linear_backward, linear_forward
+from apr.ops.linear import bias_backward, linear_backward, linear_forward
 from apr.ops.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from apr.ops.rope import HeadNorm, rope_backward, rope_forward
 from apr.ops.swiglu import swiglu_backward, swiglu_forward
@@ -140,10 +140,11 @@ def block_forward(b: Batch, w: LayerViews, layer: int, pending: bool) -> None:
     b.look(tap_name("attn_norm", layer), norm, c.C)
     qkv = b.layer("qkv", layer, b.N, c.QKV)
     raw = b.layer("qkv_raw", layer, b.N, c.QKV) if c.qk_norm else qkv
-    linear_forward(gemm, raw, norm, w.qkv, w.qkv_bias if b.tap is None else None)                            # 2
-    b.look_heads("qkv", "linear", layer, raw, flat=True)
-    if c.use_bias and b.tap is not None:  # it sees the product alone, which is rounded for that, and once more here
-        bias_forward(dev, raw, w.qkv_bias)
+    if b.tap is not None:  # the product before its bias, which is nowhere else; looking changes no bit of the rest
+        aside = b.rows("dqkv", c.QKV)
+        linear_forward(gemm, aside, norm, w.qkv)
+        b.look_heads("qkv", "linear", layer, aside, flat=True)
+    linear_forward(gemm, raw, norm, w.qkv, w.qkv_bias)                                                       # 2
     b.look_heads("qkv", "bias", layer, raw)
     cos, sin, heads = b.arena["cos"], b.arena["sin"], head_norm(b, w, layer)
     if b.tap is not None and heads is not None:  # turned by the angle 0 of a first position: the norm alone

@@ -38,6 +38,7 @@ def variants(config: TransformerConfig, storage: str, fast: frozenset[str] = fro
     return _forward(c, storage, fast) + cross_entropy.variants(c.V, c.Vp, storage, fast) + _each([
         (global_norm.SPECS, global_norm.global_norm_baked(storage)),
         (adamw.SPECS, adamw.adamw_baked(storage)),
+        (linear.SPECS if c.use_bias else (), linear.linear_baked(c.QKV, storage)),
     ])
 
 
@@ -89,8 +90,6 @@ def _forward(c: TransformerConfig, storage: str, fast: frozenset[str]) -> list[V
         (attention.specs(c, storage, fast), attention.attention_baked(c, storage)),
         (swiglu.SPECS, swiglu.swiglu_baked(c.F, storage)),
     ]
-    if c.use_bias:
-        groups.append((linear.SPECS, linear.linear_baked(c.QKV, storage)))
     return _each(groups)
 
 

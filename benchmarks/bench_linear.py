@@ -14,7 +14,7 @@ from peers import EAGER
 
 from apr.buffers import PARTS
 from apr.config import TransformerConfig
-from apr.ops.linear import bias_backward, bias_forward
+from apr.ops.linear import bias_backward
 
 PRODUCTS = ("forward", "dinp", "dweight")
 
@@ -32,10 +32,6 @@ def dweight_bytes(N: int, I: int, O: int, s: int) -> int:  # noqa: E741
 def flops(N: int, I: int, O: int) -> int:  # noqa: E741
     """Of each of the three products."""
     return 2 * N * I * O
-
-
-def bias_forward_bytes(N: int, O: int, s: int) -> int:  # noqa: E741
-    return 2 * N * O * s
 
 
 def bias_backward_bytes(N: int, O: int, P: int, s: int) -> int:  # noqa: E741
@@ -71,11 +67,15 @@ def eager(function: Any, *inputs: Any) -> dict[str, Any]:
     return {EAGER: lambda: lambda: function(*inputs)}
 
 
-def add_bias(name: str, width: int, X: str) -> Case:
+def with_bias(name: str, rows: int, width: int, out_width: int, X: str) -> Case:
+    """The product forward, with a bias added within it."""
     def setup(b: Bench) -> Work:
-        out, bias = b.random((N, width), X), b.random((width,), X)
-        return Work(lambda: bias_forward(b.dev, out, bias), lambda p: eager(p.torch.Tensor.add_, *p.tensors(out, bias)))
-    return Case(f"bias {name}", X, bias_forward_bytes(N, width, BYTES[X]), bias_flops(N, width), setup)
+        inp, weight, bias = (b.random(s, X) for s in ((rows, width), (out_width, width), (out_width,)))
+        out = b.empty((rows, out_width), X)
+        return Work(lambda: b.gemm.linear(out, inp, weight, bias), lambda p: eager(
+            p.functional.linear, *p.tensors(inp, weight, bias)))
+    return Case(f"forward bias {name}", X, forward_bytes(rows, width, out_width, BYTES[X]) + out_width * BYTES[X],
+                flops(rows, width, out_width), setup, compute=True)
 
 
 def sum_bias(name: str, width: int, X: str) -> Case:
@@ -98,7 +98,8 @@ def cases() -> list[Case]:
            for matrix, sizes in matrices(c, "bf16").items() for which in PRODUCTS]
     c = MODELS["qwen2_0_5b"]
     out += [product(which, "down qwen2_0_5b", *matrices(c, "f32")["down"], "f32") for which in PRODUCTS]
-    return [*out, add_bias("qwen2_0_5b", c.QKV, "bf16"), sum_bias("qwen2_0_5b", c.QKV, "bf16")]
+    return [*out, with_bias("qkv qwen2_0_5b", *matrices(c, "bf16")["qkv"], "bf16"),
+            sum_bias("qwen2_0_5b", c.QKV, "bf16")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,30 +1,19 @@
-// linear.cu - the bias of a matrix product, and its gradient. The products themselves are cuBLASLt's: apr/gemm.py.
+// linear.cu - the gradient of a bias. The products, and the bias within them, are cuBLASLt's: apr/gemm.py.
 //
-// MATH      out_no += bias_o                            dbias_o += sum_n dout_no
-// SHAPES    out, dout (N, O) floatX   bias (O,) floatX   partial (PARTS, O) f32   dbias (O,) f32
-// WRITES    out += (in place)   partial =   dbias +=
+// MATH      dbias_o += sum_n dout_no
+// SHAPES    dout (N, O) floatX   partial (PARTS, O) f32   dbias (O,) f32
+// WRITES    partial =   dbias +=
 // BAKED     O, FLOATX      RUNTIME  N
-// LAUNCH    bias_forward      grid (ceil(N*O/W / 256))   block (256)     W = elements of one access
-//           bias_backward     grid (PARTS, ceil(O/W / 32)) block (128)   32 accesses of a row each, four rows at a time
+// LAUNCH    bias_backward     grid (PARTS, ceil(O/W / 32)) block (128)   W = elements of one access: 32 accesses of a row
+//                             each, four rows at a time
 //           bias_sum_backward grid (ceil(O/32))          block (32, 32)  programmatic: it waits for backward itself
-// MEMORY    forward 2NOs bytes, backward NOs + 4PO, sum 4PO + 8O, s = bytes of floatX
-// FLOPS     NO each: bandwidth bound
+// MEMORY    backward NOs + 4PO bytes, sum 4PO + 8O, s = bytes of floatX
+// FLOPS     NO: bandwidth bound
 // NUMERICS  sums in float in a fixed order: bit-reproducible
 // CONTRACT  contracts/linear-v1.yaml      REFERENCE  apr/reference/linear.py
 #include "common.cuh"
 constexpr int O = K_O, W = vector_width(O), VECTORS = O / W;
 using Row = Vec<floatX, W>;
-
-extern "C" __global__ void __launch_bounds__(256) bias_forward(
-    floatX* __restrict__ out, const floatX* __restrict__ bias, i32 N) {
-    const i64 i = (i64)blockIdx.x * 256 + threadIdx.x;
-    if (i >= (i64)N * VECTORS) return;
-    Row x = reinterpret_cast<Row*>(out)[i];
-    const Row b = reinterpret_cast<const Row*>(bias)[i % VECTORS];
-#pragma unroll
-    for (int k = 0; k < W; k++) x.set(k, x[k] + b[k]);
-    reinterpret_cast<Row*>(out)[i] = x;
-}
 
 extern "C" __global__ void __launch_bounds__(128) bias_backward(
     f32* __restrict__ partial, const floatX* __restrict__ dout, i32 N) {

@@ -1,4 +1,4 @@
-"""Matrix products with a weight stored [out, in], and their bias: apr/gemm.py and kernels/linear.cu."""
+"""Matrix products with a weight stored [out, in] and their bias: apr/gemm.py; a bias's gradient: kernels/linear.cu."""
 
 from typing import Any
 
@@ -9,28 +9,20 @@ from apr.gemm import Gemm
 from apr.kernel import Baked, KernelSpec, blocks, floatx, vector_width
 
 BAKED = ("FLOATX", "O")
-BIAS_FORWARD = KernelSpec("linear.cu", "bias_forward", BAKED, ("out:floatX*", "bias:const floatX*", "N:i32"))
 BIAS_BACKWARD = KernelSpec("linear.cu", "bias_backward", BAKED, ("partial:f32*", "dout:const floatX*", "N:i32"))
 BIAS_SUM_BACKWARD = KernelSpec("linear.cu", "bias_sum_backward", BAKED,
                                ("dbias:f32*", "partial:const f32*", "parts:i32"))
-SPECS = (BIAS_FORWARD, BIAS_BACKWARD, BIAS_SUM_BACKWARD)
+SPECS = (BIAS_BACKWARD, BIAS_SUM_BACKWARD)
 
 
 def linear_baked(width: int, storage: str) -> Baked:
-    """The baked values of the bias kernels."""
+    """The baked values of the kernels of a bias's gradient."""
     return {"FLOATX": storage, "O": width}
 
 
 def linear_forward(gemm: Gemm, out: Any, inp: Any, weight: Any, bias: Any = None) -> None:
     """out (N, O) = inp (N, I) · weightᵀ, weight (O, I), + bias (O,) before it is rounded; all of one storage type."""
     gemm.linear(out, inp, weight, bias)
-
-
-def bias_forward(dev: Device, out: Any, bias: Any) -> None:
-    """out (N, O) += bias (O,), in place."""
-    n, o = out.shape
-    grid = blocks(n * o // vector_width(o, out.itemsize), 256)
-    dev.launch(BIAS_FORWARD, linear_baked(o, floatx(out)), (grid,), (256,), (out, bias, np.int32(n)))
 
 
 def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, weight: Any, *, add: bool) -> None:
@@ -43,7 +35,7 @@ def linear_backward(gemm: Gemm, dinp: Any, dweight: Any, dout: Any, inp: Any, we
 
 
 def bias_backward(dev: Device, dbias: Any, partial: Any, dout: Any) -> None:
-    """Gradient of bias_forward: dbias (O,) f32 += column sums of dout (N, O); partial (PARTS, O) f32 is scratch."""
+    """dbias (O,) f32 += column sums of dout (N, O), the gradient of the bias; partial (PARTS, O) f32 is scratch."""
     (n, o), parts = dout.shape, partial.shape[0]
     baked = linear_baked(o, floatx(dout))
     columns = blocks(o // vector_width(o, dout.itemsize), 32)

@@ -61,8 +61,7 @@ def step_costs(c: TransformerConfig, B: int, T: int, precision: str) -> dict[str
         "gradient norm": [Cost(4 * P)], "AdamW": [Cost((30 if s == 2 else 28) * P)], "memset": [Cost(4 * P)],
     }
     if c.use_bias:
-        out["bias"] = [Cost(2 * N * c.QKV * s, count=c.L),
-                       Cost(N * c.QKV * s + 8 * PARTS * c.QKV + 8 * c.QKV, count=c.L)]
+        out["bias"] = [Cost(N * c.QKV * s + 8 * PARTS * c.QKV + 8 * c.QKV, count=c.L)]
     return out
 
 

@@ -44,9 +44,8 @@ QUOTES = {
     ("residual", "backward_bytes"): ["backward 5NCs + 4N + 4PC: 5NCs + 4N + 4PC", "weight_backward 4PC + 8C: 4PC + 8C"],
     ("residual", "forward_flops"): ["forward 5NC: 5NC"],
     ("residual", "backward_flops"): ["backward 12NC: 12NC"],
-    ("linear", "bias_forward_bytes"): ["forward 2NOs bytes: 2NOs"],
-    ("linear", "bias_backward_bytes"): ["backward NOs + 4PO: NOs + 4PO", "sum 4PO + 8O: 4PO + 8O"],
-    ("linear", "bias_flops"): ["NO each: NO"],
+    ("linear", "bias_backward_bytes"): ["backward NOs + 4PO bytes: NOs + 4PO", "sum 4PO + 8O: 4PO + 8O"],
+    ("linear", "bias_flops"): ["NO: NO"],
     ("rope", "forward_bytes"): ["forward, backward 2 N (NH+NKV) HS s bytes: 2 N (NH+NKV) HS s"],
     ("rope", "forward_flops"): ["3 N (NH+NKV) HS, with norms 8: 3 N (NH+NKV) HS"],
     ("attention", "forward_bytes"): ["forward 2BT(QKV + NH*HS): 2BT(QKV + NH*HS)"],
@@ -207,7 +206,8 @@ class FakeGemm:
     def __init__(self, dev, workspace):
         self.dev = dev
 
-    def linear(self, out, inp, weight):
+    def linear(self, out, inp, weight, bias=None):
+        assert bias is None or bias.shape == (out.shape[1],)
         assert (out.shape[0], inp.shape[1]) == (inp.shape[0], weight.shape[1]) and out.shape[1] == weight.shape[0]
         self.dev.events.append("linear")
 

@@ -1,11 +1,11 @@
-"""The bias kernels, and a linear layer whole: products and bias. test_gemm.py has the products by themselves."""
+"""A linear layer whole, products and bias, and the kernels of the bias's gradient; test_gemm.py has the products."""
 
 import numpy as np
 import pytest
 from harness import TENSOR_CORES, Arrays, f64, gate, rounded, same_bits
 
 from apr.buffers import PARTS
-from apr.ops.linear import bias_backward, bias_forward, linear_backward, linear_forward
+from apr.ops.linear import bias_backward, linear_backward, linear_forward
 from apr.reference import linear as reference
 
 SHAPES = [(1, 64, 48), (17, 123, 37), (127, 1152, 896), (129, 37, 123), (33, 64, 64)]  # N, O, I; one square weight
@@ -16,8 +16,7 @@ def test_linear_forward_matches_reference(arrays, gemm, rng, shape):
     n, o, i = shape
     inp, weight, bias = (arrays.round(rng.standard_normal(s)) for s in ((n, i), (o, i), (o,)))
     out = arrays.out(n, o)
-    linear_forward(gemm, out, arrays.read(inp), arrays.read(weight))
-    bias_forward(arrays.dev, out, arrays.read(bias))
+    linear_forward(gemm, out, arrays.read(inp), arrays.read(weight), arrays.read(bias))
     x, w, b = f64(inp, weight, bias)
     arrays.judge("out", out, reference.bias_forward(reference.linear_forward(x, w), b), gate("linear"),
                  lambda: rounded(reference.bias_forward(rounded(reference.linear_forward(inp, weight)), bias)))
@@ -34,16 +33,6 @@ def test_linear_backward_matches_reference(arrays, gemm, rng, shape):
     truth = reference.linear_backward(truth_dweight, *f64(dout, inp, weight))
     arrays.judge("dinp", dinp, truth, gate("linear"), lambda: rounded(dout @ weight))
     arrays.judge("dweight", dweight, truth_dweight, gate("linear") if arrays.storage == "f32" else TENSOR_CORES)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_linear_bias_forward_matches_reference(arrays, rng, shape):
-    n, o, _ = shape
-    before, bias = arrays.round(rng.standard_normal((n, o))), arrays.round(rng.standard_normal(o))
-    out = arrays.update(before)
-    bias_forward(arrays.dev, out, arrays.read(bias))
-    arrays.judge("out", out, reference.bias_forward(*f64(before, bias)), gate("linear"),
-                 lambda: rounded(before + bias))
 
 
 def bias_gradient(arrays, rng, n, o, parts):
