@@ -4,7 +4,7 @@
 // SHAPES    dout (N, O) floatX   partial (PARTS, O) f32   dbias (O,) f32
 // WRITES    partial =   dbias +=
 // BAKED     O, FLOATX      RUNTIME  N
-// LAUNCH    bias_backward     grid (PARTS, ceil(O/W / 32)) block (128)   32 accesses of a row each, four rows at a time;
+// LAUNCH    bias_backward     grid (PARTS, ceil(O/W / 32)) block (128)   32 accesses of a row each, four rows at once;
 //                             W = elements of one access
 //           bias_sum_backward grid (ceil(O/32))          block (32, 32)  programmatic: it waits for backward itself
 // MEMORY    backward NOs + 4PO bytes, sum 4PO + 8O, s = bytes of floatX
