@@ -174,8 +174,8 @@ def fast_paths(arch: str, off: str = "") -> frozenset[str]:
 
 
 def is_fast(op: str, spec: KernelSpec) -> bool:
-    """Whether a kernel is of the op's fast path: by its file, attention_sm90.cu, or entry, cross_entropy_cluster_…"""
-    return spec.source == f"{op}_sm90.cu" or spec.entry.startswith(f"{op}_cluster")
+    """Whether a kernel is of the op's fast path: its file is attention_sm90.cu, cross_entropy_sm90.cu, …"""
+    return spec.source == f"{op}_sm90.cu"
 
 
 def blocks(work: int, each: int) -> int:

@@ -87,10 +87,9 @@ def _forward(c: TransformerConfig, storage: str, fast: frozenset[str]) -> list[V
         (embedding.SPECS, embedding.embedding_baked(c.C, storage)),
         (rmsnorm.SPECS, rmsnorm.rmsnorm_baked(c.C, c.rms_norm_eps, storage)),
         (rope.SPECS, rope.rope_baked(c, storage)),
-        (attention.specs(c, storage, fast), attention.attention_baked(c, storage)),
         (swiglu.SPECS, swiglu.swiglu_baked(c.F, storage)),
     ]
-    return _each(groups)
+    return _each(groups) + attention.variants(c, storage, fast)
 
 
 def _each(groups: Iterable[tuple[Iterable[KernelSpec], Baked]]) -> list[Variant]:

@@ -19,6 +19,7 @@ using u16 = unsigned short;
 using u32 = unsigned int;
 using i32 = int;
 using i64 = long long;
+using u64 = unsigned long long;
 using f32 = float;
 using f64 = double;
 
@@ -89,6 +90,13 @@ template <typename T> __device__ __forceinline__ void write(T* at, const T& valu
         asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(word[0]), "r"(word[1]), "r"(word[2]),
                      "r"(word[3]) : "memory");
     }
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float exp2_approx(float x) {  // 2 ulp
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
 }
 
 // The widest access that divides `length` elements of floatX: VEC where rows of that length keep the alignment.

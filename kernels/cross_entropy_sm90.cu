@@ -15,7 +15,7 @@
 // NUMERICS  maximum and sum in float, in one pass that rescales, fixed order; bf16 logits use the fast exponential, and
 //           must be below 2e38. A target that is neither IGNORE nor in [0, V) gives NaN, which the guard sees.
 // CONTRACT  contracts/cross_entropy-v1.yaml      REFERENCE  apr/reference/cross_entropy.py
-#include "common.cuh"
+#include "barrier.cuh"
 constexpr int V = K_V, VP = K_VP, IGNORE = K_IGNORE, CLUSTER = K_CLUSTER, BLOCK = 256, WARPS = BLOCK / 32;
 constexpr int PART = VP / VEC / CLUSTER;  // vectors of a row that a block has
 constexpr int STEPS = 2, CHUNK = STEPS * BLOCK, CHUNKS = (PART + CHUNK - 1) / CHUNK;  // a part arrives in chunks
@@ -26,27 +26,21 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr float LOW = -2.3e38f;  // below any score; its product with LOG2E is finite, as differences with it must be
 static_assert(VP % (VEC * CLUSTER) == 0, "a row divides into CLUSTER parts of whole vectors");
 using Part = Vec<floatX, VEC>;
-using u64 = unsigned long long;
 
 // What a part of a row has in it: its highest score, and the sum of power(score, shift(highest)).
 struct Statistics {
     float highest, sum;
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float out;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
-    return out;
-}
 // Exponentials are relative to a shift, which comes from a score: rounded here, and never fused with a subtraction, or
 // the difference of two equal shifts of LOW would be the rounding, whose exponential is infinite.
 __device__ __forceinline__ float shift_of(float score) { return FAST ? __fmul_rn(score, LOG2E) : score; }
 __device__ __forceinline__ float power(float score, float shift) {
-    return FAST ? exp2_fast(fmaf(score, LOG2E, -shift)) : expf(score - shift);
+    return FAST ? exp2_approx(fmaf(score, LOG2E, -shift)) : expf(score - shift);
 }
-__device__ __forceinline__ float rescale(float from, float to) { return FAST ? exp2_fast(from - to) : expf(from - to); }
+__device__ __forceinline__ float rescale(float from, float to) {
+    return FAST ? exp2_approx(from - to) : expf(from - to);
+}
 // log of the sum of exp(score - highest)
 __device__ __forceinline__ float log_sum(const Statistics& s) {
     return FAST ? logf(s.sum) - fmaf(s.highest, LOG2E, -shift_of(s.highest)) * LN2 : logf(s.sum);
@@ -68,23 +62,15 @@ __device__ __forceinline__ Statistics warp_statistics(const Statistics& s) {
 
 // Start the copies of this block's part; each chunk tells its barrier. Of one thread.
 __device__ __forceinline__ void fetch(Part* part, const Part* from, u64 (&arrived)[CHUNKS]) {
-    for (int c = 0; c < CHUNKS; c++)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&arrived[c])) : "memory");
+    for (int c = 0; c < CHUNKS; c++) barrier_init(&arrived[c], 1);
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // the copies see the barriers
     for (int c = 0; c < CHUNKS; c++) {
-        const u32 barrier = shared_address(&arrived[c]), bytes = min(CHUNK, PART - c * CHUNK) * (u32)sizeof(Part);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        const u32 bytes = min(CHUNK, PART - c * CHUNK) * (u32)sizeof(Part);
+        barrier_expect(&arrived[c], bytes);
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                          shared_address(part + c * CHUNK)),
-                     "l"(from + c * CHUNK), "r"(bytes), "r"(barrier) : "memory");
+                     "l"(from + c * CHUNK), "r"(bytes), "r"(shared_address(&arrived[c])) : "memory");
     }
-}
-
-__device__ __forceinline__ void wait_for_chunk(const u64& arrived) {
-    u32 done;
-    do asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], 0;\n"
-                    "selp.u32 %0, 1, 0, done;\n}" : "=r"(done) : "r"(shared_address(&arrived)) : "memory");
-    while (!done);
 }
 
 __device__ __forceinline__ void say_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
@@ -98,18 +84,12 @@ __device__ __forceinline__ void send(const Statistics* slot, const u64* gathered
                      shared_address(slot)), "r"(shared_address(gathered)), "r"(to), "f"(s.highest), "f"(s.sum)
                  : "memory");
 }
-__device__ __forceinline__ void wait_for_all(const u64& gathered) {
-    u32 done;
-    do asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
-                    "selp.u32 %0, 1, 0, done;\n}" : "=r"(done) : "r"(shared_address(&gathered)) : "memory");
-    while (!done);
-}
 
 // The statistics of what this thread reads of the block's part, as it arrives. `first`: the part's first vector.
-__device__ __forceinline__ Statistics part_statistics(const Part* part, int first, const u64 (&arrived)[CHUNKS]) {
+__device__ __forceinline__ Statistics part_statistics(const Part* part, int first, u64 (&arrived)[CHUNKS]) {
     Statistics s = {LOW, 0.0f};
     for (int i = threadIdx.x, step = 0; i < PART; i += BLOCK, step++) {
-        if (step % STEPS == 0) wait_for_chunk(arrived[step / STEPS]);
+        if (step % STEPS == 0) barrier_wait(&arrived[step / STEPS], 0);
         const Part scores = part[i];
         float x[VEC], sum = 0.0f;
 #pragma unroll
@@ -171,18 +151,17 @@ __device__ __forceinline__ void cross_entropy(f32* __restrict__ losses, floatX* 
         return;
     }
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&gathered)) : "memory");
+        barrier_init(&gathered, 1);
         fetch(part, mine, arrived);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&gathered)),
-                     "r"((u32)sizeof(warps)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        barrier_expect(&gathered, sizeof(warps));
+        barriers_visible();
     }
     __syncthreads();
     say_begun();  // from here on this block's shared memory may be written
     const Statistics own = warp_statistics(part_statistics(part, first, arrived));
     all_have_begun();
     if (lane < CLUSTER) send(&warps[rank * WARPS + threadIdx.x / 32], &gathered, lane, own);
-    wait_for_all(gathered);  // and none writes here any more, so this block may end
+    barrier_wait_cluster(&gathered, 0);  // and none writes here any more, so this block may end
 
     Statistics row = {LOW, 0.0f};
     for (int i = lane; i < CLUSTER * WARPS; i += 32) merge(row, warps[i].highest, warps[i].sum);

@@ -1,4 +1,4 @@
-// hopper.cuh - sm_90a: wgmma (matrix products of a warpgroup), TMA (bulk copies of tiles), barriers in shared memory.
+// hopper.cuh - sm_90a: wgmma (matrix products of a warpgroup), TMA (bulk copies of tiles), clusters, registers.
 //
 // A tile in shared memory is made of slabs of 64 columns of bf16, rows of 128 bytes one after the other, swizzled as
 // TMA leaves them (CU_TENSOR_MAP_SWIZZLE_128B); a slab starts at a multiple of 1024 bytes. Of one tile wgmma reads both
@@ -10,49 +10,21 @@
 // what was multiplied is touched; N groups may go on. Every warp of the warpgroup waits for itself.
 #ifndef APR_HOPPER_CUH
 #define APR_HOPPER_CUH
-#include "common.cuh"
-using u64 = unsigned long long;
+#include "barrier.cuh"
 struct alignas(64) TensorMap { u64 words[16]; };  // CUtensorMap, made by apr/driver/tensor_maps.py
 constexpr int SLAB = 64, SLAB_ROW = 128;          // columns; bytes of a row
-
-__device__ __forceinline__ u32 address_of(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// Barriers: a phase ends when `count` arrivals were made and the expected bytes have come; phases alternate 0, 1, 0, …
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(count) : "memory");
-}
-// After barrier_init and before __syncthreads: the copy engine sees the barriers too.
-__device__ __forceinline__ void barriers_visible() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes)
-                 : "memory");
-}
-// This thread's cp.async copies so far count as one arrival when they have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(u64* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address_of(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
-    asm volatile("{\n.reg .pred done;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra end;\nbra again;\nend:\n}"
-                 ::"r"(address_of(barrier)), "r"(phase) : "memory");
-}
 
 // A box of the tensor from (x, y, z) on, fastest axis first, into shared memory; its bytes count for the barrier.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap& map, u64* barrier, i32 x, i32 y, i32 z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address_of(to)), "l"(&map), "r"(address_of(barrier)),
+                 "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)), "l"(&map), "r"(shared_address(barrier)),
                  "r"(x), "r"(y), "r"(z) : "memory");
 }
 
 // 4 bytes in the background, or zeros and nothing read if not inside.
 __device__ __forceinline__ void copy_float(float* to, const float* from, bool inside) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address_of(to)), "l"(from), "r"(inside ? 4 : 0)
-                 : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(inside ? 4 : 0) : "memory");
 }
 
 // Clusters: how many blocks along y; all their threads wait for each other; two floats of another block's memory.
@@ -67,7 +39,7 @@ __device__ __forceinline__ void cluster_barrier() {
 __device__ __forceinline__ Vec<float, 2> load_of_block(const float* own, u32 block) {
     u32 address;
     Vec<float, 2> x;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address_of(own)), "r"(block));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(block));
     asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(x.lane[0]), "=f"(x.lane[1]) : "r"(address)
                  : "memory");
     return x;
@@ -83,8 +55,8 @@ template <int COUNT> __device__ __forceinline__ void give_registers() {
 
 // What wgmma is told of a tile: where it starts, bytes between slabs, bytes between groups of 8 rows, the swizzle.
 __device__ __forceinline__ u64 describe(const void* tile, u32 slab_bytes) {
-    return (u64)((address_of(tile) & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(8 * SLAB_ROW >> 4) << 32 |
-           1ull << 62;
+    return (u64)((shared_address(tile) & 0x3ffff) >> 4) | (u64)(slab_bytes >> 4) << 16 |
+           (u64)(8 * SLAB_ROW >> 4) << 32 | 1ull << 62;
 }
 // The same tile from a byte offset on.
 __device__ __forceinline__ u64 at_bytes(u64 description, u32 bytes) { return description + (bytes >> 4); }

@@ -22,7 +22,6 @@
 //           the CPU's can move a weight by one in 2^30
 // CONTRACT  contracts/sampling-v1.yaml      REFERENCE  apr/reference/sampling.py
 #include "common.cuh"
-using u64 = unsigned long long;
 constexpr int B = K_B, BESTS = K_BESTS, C = K_C, V = K_V, BLOCK = 1024, WARPS = BLOCK / 32, BINS = 2048;
 constexpr float NONE = -3.4e38f;  // a score that weighs nothing
 constexpr int CHUNK = ((V + BLOCK - 1) / BLOCK + 31) / 32 * 32, CHUNKS = (V + CHUNK - 1) / CHUNK;

@@ -74,9 +74,10 @@ def fast(c: TransformerConfig, storage: str, paths: frozenset[str]) -> bool:
     return "attention" in paths and storage == "bf16" and c.HS in SM90_HEADS
 
 
-def specs(c: TransformerConfig, storage: str, paths: frozenset[str]) -> tuple[KernelSpec, ...]:
-    """The kernels that this model's attention launches."""
-    return SM90 if fast(c, storage, paths) else FAMILIES[storage].specs
+def variants(c: TransformerConfig, storage: str, paths: frozenset[str]) -> list[tuple[KernelSpec, Baked]]:
+    """The kernels that this model's attention launches, with their baked values. Raises UnavailableError."""
+    baked = attention_baked(c, storage)
+    return [(spec, baked) for spec in (SM90 if fast(c, storage, paths) else FAMILIES[storage].specs)]
 
 
 def attention_baked(c: TransformerConfig, storage: str) -> Baked:

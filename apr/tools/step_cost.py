@@ -45,6 +45,7 @@ def flops_per_token(c: TransformerConfig, T: int) -> float:
 def step_costs(c: TransformerConfig, B: int, T: int, precision: str) -> dict[str, list[Cost]]:
     """The costs of a step of one micro-batch of B sequences of T tokens, by group; ids are taken to be random."""
     N, s, P = B * T, SIZES[STORAGE[precision]], layout(c).size
+    cleared = P - layout(c).decay_end + (0 if c.tie_word_embeddings else c.Vp * c.C)  # other gradients are set
     heads, norms, turned = c.NH * c.HS, 2 * c.L + 1, (c.NH + c.NKV) * c.HS
     unlike = round(c.V * (1 - (1 - 1 / c.V) ** N))  # expected, of N random ids
     out = {f"products {name}": products(c, N, s, name) for name in PASSES}
@@ -58,7 +59,7 @@ def step_costs(c: TransformerConfig, B: int, T: int, precision: str) -> dict[str
         "rope": [Cost(2 * N * turned * s, count=2 * c.L)],
         "cross-entropy": [Cost(2 * N * c.V * s + 8 * N)],
         "embedding": [Cost(2 * N * c.C * s + 4 * N), Cost(N * c.C * s + 8 * unlike * c.C + 8 * N)],
-        "gradient norm": [Cost(4 * P)], "AdamW": [Cost((30 if s == 2 else 28) * P)], "memset": [Cost(4 * P)],
+        "gradient norm": [Cost(4 * P)], "AdamW": [Cost((30 if s == 2 else 28) * P)], "memset": [Cost(4 * cleared)],
     }
     if c.use_bias:
         out["bias"] = [Cost(N * c.QKV * s + 8 * PARTS * c.QKV + 8 * c.QKV, count=c.L)]
@@ -74,11 +75,14 @@ def matrices(c: TransformerConfig, N: int, itemsize: int) -> list[tuple[str, int
 
 
 def products(c: TransformerConfig, N: int, itemsize: int, which: str) -> list[Cost]:
-    """One of PASSES of every matrix: each array once; the float32 gradient of a weight is read and written."""
-    out = []
-    for _, n, i, o, count in matrices(c, N, itemsize):
-        activations, weight = n * (i + o) * itemsize, o * i * (8 if which == "dweight" else itemsize)
-        out.append(Cost(activations + weight, 2 * n * i * o, count))
+    """One of PASSES of every matrix: each array once; the float32 gradient of a weight is written, and read where a
+    part of the head's rows adds to what those before it left.
+    """
+    out, begun = [], set[str]()
+    for name, n, i, o, count in matrices(c, N, itemsize):
+        each = itemsize if which != "dweight" else 8 if name in begun else 4
+        out.append(Cost(n * (i + o) * itemsize + o * i * each, 2 * n * i * o, count))
+        begun.add(name)
     return out
 
 

@@ -1,6 +1,6 @@
 """Steps under way: a GPU is given its next step before the numbers of the last are read, so that it never waits.
 
-At most two: the one that is being made and the one behind it. Who asks for a step's numbers gets them in order, with
+How many is the trainer's to say (Trainer.ahead). Who asks for a step's numbers gets them in order, with
 the seconds since those of the step before, or since its own start where nothing was under way then.
 """
 
@@ -13,8 +13,6 @@ from typing import Protocol
 from apr.errors import AprError
 from apr.train.base import StartedStep, StepStats
 
-MOST = 2
-
 
 class StepFn(Protocol):
     """Makes optimizer steps."""
@@ -22,8 +20,8 @@ class StepFn(Protocol):
     def start(self, step: int, lr: float) -> StartedStep | None:
         """Start to train on the batch of `step` with `lr`; None when the data is exhausted (INV-TRAIN-011)."""
 
-    def overlaps(self, step: int) -> bool:
-        """Whether `step` may be started while the one before it is under way."""
+    def ahead(self, step: int) -> int:
+        """How many steps may be under way when `step` is started."""
 
 
 class Flight:
@@ -63,6 +61,4 @@ class Flight:
         self.under_way.clear()
 
     def _may_start(self, step: int, end: int) -> bool:
-        if self.exhausted or step >= end or len(self.under_way) >= MOST:
-            return False
-        return not self.under_way or self.step_fn.overlaps(step)
+        return not self.exhausted and step < end and len(self.under_way) <= self.step_fn.ahead(step)

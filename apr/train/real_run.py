@@ -81,9 +81,10 @@ class RealRun:
         self.ckpt_dir, self.record, self.watch = run_dir / "ckpt", record, watch
         self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
 
-    def overlaps(self, step: int) -> bool:
-        """A step that is checked is made alone: what it is checked by is the state before it and what it leaves."""
-        return self.trainer.ahead > 0 and not (self.watch is not None and self.watch.due(step))
+    def ahead(self, step: int) -> int:
+        """As many as the trainer takes; none before a step that is checked by the state before it and what it leaves.
+        """
+        return 0 if self.watch is not None and self.watch.due(step) else self.trainer.ahead
 
     def start(self, step: int, lr: float) -> StartedStep | None:
         """Train on the rows of this step: a pure function of seed and step."""

@@ -14,9 +14,9 @@ class SyntheticRun:
     def __init__(self, target: float, epochs: int, tokens_per_step: int) -> None:
         self.target, self.epochs, self.tokens = target, epochs, tokens_per_step
 
-    def overlaps(self, step: int) -> bool:
-        """A step is finished when it is started."""
-        return False
+    def ahead(self, step: int) -> int:
+        """None: a step is finished when it is started."""
+        return 0
 
     def start(self, step: int, lr: float) -> StartedStep:
         """Loss max(2 target, 1.5) falling by target / 100 a step (at least 1e-4), never below half of the target."""

@@ -83,7 +83,7 @@ def test_every_step_has_the_next_rows(config, tmp_path, cycle):
     assert corpus.stream.rows_per_epoch == 120
     work = RealRun(config, witness, corpus, tmp_path, notes.append, 1)
     for step in range(15):
-        assert work.start(step, 0.5) == "the step" and not work.overlaps(step)
+        assert work.start(step, 0.5) == "the step" and work.ahead(step) == 0
     given = [b for micro, lr in witness.seen for b in micro if lr == 0.5]
     expected = [corpus.stream.batch(first, ROWS) for first in range(0, 120, ROWS)]
     assert all(np.array_equal(a.inputs, b.inputs) for a, b in zip(given, expected, strict=True))
@@ -97,7 +97,7 @@ def test_steps_overlap_where_the_trainer_lets_them_and_nobody_checks_them(config
     for ahead, given, expected in ((0, None, []), (1, None, [0, 1, 2, 3, 4]), (1, watch, [1, 2, 3])):
         witness.ahead = ahead
         work = RealRun(config, witness, corpus, tmp_path, [].append, 1, watch=given)
-        assert [step for step in range(5) if work.overlaps(step)] == expected
+        assert [step for step in range(5) if work.ahead(step) == 1] == expected
 
 
 @pytest.mark.parametrize(("ids_of_tokenizer", "rows", "init", "gate"), [

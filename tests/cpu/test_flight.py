@@ -21,8 +21,8 @@ class Late(Script):
         super().__init__(**script)
         self.alone, self.log, self.open = set(alone), [], 0
 
-    def overlaps(self, step):
-        return step not in self.alone
+    def ahead(self, step):
+        return int(step not in self.alone)
 
     def start(self, step, lr):
         self.rates.append(lr)

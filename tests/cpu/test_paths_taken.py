@@ -16,15 +16,14 @@ from apr.train.trainer import TransformerTrainer
 
 EVERY = frozenset(FAST_PATHS)
 FAST = KernelSpec("attention_sm90.cu", "attention_forward", attention.BAKED, ("T:i32",))
-CLUSTER = KernelSpec("cross_entropy.cu", "cross_entropy_cluster_forward", cross_entropy.BAKED, ("N:i32",))
 
 
 @pytest.fixture
 def covered(monkeypatch):
     """A fast path of attention where it is wanted, which covers every model."""
-    general = attention.specs
-    monkeypatch.setattr(attention, "specs", lambda c, storage, fast: (
-        (FAST,) if "attention" in fast else general(c, storage, fast)))
+    general = attention.variants
+    monkeypatch.setattr(attention, "variants", lambda c, storage, fast: (
+        [(FAST, attention.attention_baked(c, storage))] if "attention" in fast else general(c, storage, fast)))
 
 
 def test_without_a_fast_path_every_op_is_general():
@@ -40,8 +39,8 @@ def test_a_path_is_that_of_the_kernels(covered):
 
 
 def test_what_a_fast_kernel_is():
-    assert is_fast("attention", FAST) and is_fast("cross_entropy", CLUSTER)
-    assert not is_fast("cross_entropy", FAST) and not is_fast("attention", CLUSTER)
+    assert is_fast("attention", FAST) and is_fast("cross_entropy", cross_entropy.FAST_FORWARD)
+    assert not is_fast("cross_entropy", FAST) and not is_fast("attention", cross_entropy.FAST_FORWARD)
     for op, module in (("attention", attention), ("cross_entropy", cross_entropy)):
         assert any(not is_fast(op, spec) for spec in module.SPECS)
 

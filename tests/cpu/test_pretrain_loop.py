@@ -22,8 +22,8 @@ class Script:
         self.losses, self.vals, self.steps = losses or {}, vals or {}, steps
         self.rates, self.saved = [], []
 
-    def overlaps(self, step):
-        return False
+    def ahead(self, step):
+        return 0
 
     def stats(self, step, lr):
         return StepStats(self.losses.get(step, 5.0), 0.5, lr, 64, True)

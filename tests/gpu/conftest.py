@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests import harness by name
 
 from harness import Arrays  # noqa: E402
+from mutant_runs import started  # noqa: E402
 from receipt import Recorder  # noqa: E402
 
 from apr import driver  # noqa: E402
@@ -42,11 +43,34 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip the tests of this folder where there is no GPU, each with the reason."""
+    """Tests that need the GPU for themselves come first, the mutants' outcomes last: their runs go on beside the rest.
+
+    Without a GPU the tests of this folder are skipped, each with the reason.
+    """
+    items.sort(key=lambda item: of_mutants(item) - (item.get_closest_marker("alone") is not None))
     if PROBLEMS:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="; ".join(PROBLEMS)))
+
+
+def of_mutants(item) -> bool:
+    """Whether a test is of the mutants."""
+    return item.path == HERE / "test_mutants.py"
+
+
+@pytest.fixture(scope="session")
+def copies(request):
+    """Copies of the checkout, with a run under way for every mutant."""
+    with started(request, "gpu") as copies:
+        yield copies
+
+
+@pytest.fixture(autouse=True)
+def mutants_beside(request):
+    """The runs of the mutants begin with the first test that can bear them, where their outcomes are asked for."""
+    if any(map(of_mutants, request.session.items)) and request.node.get_closest_marker("alone") is None:
+        request.getfixturevalue("copies")
 
 
 def facts() -> dict[str, str]:

@@ -38,7 +38,8 @@ def work() -> None:
              ("fp32", "qwen3", {"head_dim": 32, "intermediate_size": 51})]
     cases += [("bf16", "qwen2", {"head_dim": hs}) for hs in (32, 64, 80, 96, 128)]
     cases += [("bf16", "qwen3", {"head_dim": 64, "hidden_size": 123, "vocab_size": 131}),
-              ("bf16", "llama", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False})]
+              ("bf16", "llama", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False,
+                                "vocab_size": 50257})]
     for precision, family, changes in cases:
         model = dataclasses.replace(FAMILIES[family], num_hidden_layers=1, max_position_embeddings=256, **changes)
         config = train_config(precision=precision, batch_size=2, max_seq_len=129)

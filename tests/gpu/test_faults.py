@@ -89,6 +89,7 @@ def test_g1_no_visible_gpu_exits_9_although_the_cache_is_warm(dev, folder, tmp_p
     assert len(run.stderr.strip().splitlines()) == 1 and seconds < 10
 
 
+@pytest.mark.alone
 def test_g8_training_goes_on_when_another_takes_the_rest_of_the_memory(dev, folder):
     """A step needs no memory that it does not have: state is as after the last step, whatever others do."""
     t = CudaTransformerTrainer.new(FAMILIES["llama"], train_config(), dev)

@@ -65,6 +65,7 @@ def test_several_micro_batches_and_parts_pass(dev, precision):
 
 
 @BOTH
+@pytest.mark.alone
 def test_looking_changes_no_bit_and_takes_no_memory(dev, precision):
     plain, watched, gate = trainer_of(dev, precision), trainer_of(dev, precision), LiveGate(1, 3)
     free = None
@@ -173,6 +174,7 @@ def test_a_run_with_a_fault_ends_with_5_and_goes_on_from_the_checkpoint_before(d
         assert ended[0][of] == ended[1][of]
 
 
+@pytest.mark.alone
 def test_the_cost_is_under_one_percent_of_500_steps(dev, capsys):
     """Qwen2-0.5B in bf16, 8 sequences of 2048 tokens: the real shape, which must pass too."""
     dev.cache.frozen = False

@@ -1,13 +1,14 @@
 """Every falsifier of the GPU code, executed: the mutant goes into a copy of the code, and its named test must go red.
 
-As tests/cpu/test_mutants.py, with a GPU, on which all copies run. With --falsify-receipt the outcomes are recorded, in
-the receipt that `apr contracts falsify --gpu --receipt` writes, so that not everything must be run again for it.
+As tests/cpu/test_mutants.py, with a GPU, on which all copies run, beside the other tests (conftest.py). With
+--falsify-receipt the outcomes are recorded, in the receipt that `apr contracts falsify --gpu --receipt` writes, so that
+not everything must be run again for it.
 """
 
 import time
 
 import pytest
-from mutant_runs import ROOT, demand_clean, demand_killed, demand_seeds_killed, falsifiers, started
+from mutant_runs import ROOT, demand_clean, demand_killed, demand_seeds_killed, falsifiers
 
 from apr.driver import probe
 from apr.tools.falsify import count, outcomes
@@ -15,13 +16,6 @@ from apr.tools.receipts import digest, machine, write_receipt
 
 FALSIFIERS = falsifiers("gpu")
 START, TESTED = time.monotonic(), digest(ROOT)
-
-
-@pytest.fixture(scope="module")
-def copies(request):
-    """The copies, with a run under way for every mutant."""
-    with started(request, "gpu") as copies:
-        yield copies
 
 
 @pytest.mark.parametrize("falsifier", [f for f in FALSIFIERS if f.mutant], ids=lambda f: f.id)
