@@ -25,7 +25,10 @@ template <int STAGES> struct Pipe {
     }
     DEVICE void wait_full(const Cursor<STAGES>& c) { barrier_wait(full + c.stage, c.phase); }
     DEVICE void wait_empty(const Cursor<STAGES>& c) { barrier_wait(empty + c.stage, c.phase ^ 1); }
-    DEVICE void release(const Cursor<STAGES>& c) { if (threadIdx.x % 32 == 0) barrier_arrive(empty + c.stage); }
+    DEVICE void release(const Cursor<STAGES>& c) {
+        __syncwarp();                                                      // every lane has read what it reads itself
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + c.stage);
+    }
 };
 
 template <int N> struct Tile { bf16 panel[SLABS][N / 64][PANEL]; };     // N rows of a head

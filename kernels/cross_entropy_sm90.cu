@@ -85,6 +85,20 @@ __device__ __forceinline__ void send(const Statistics* slot, const u64* gathered
                  : "memory");
 }
 
+// Each warp's statistics into its slot of `warps` in every block of the cluster.
+__device__ __forceinline__ void gather(Statistics (&warps)[CLUSTER * WARPS], u64* gathered, int rank,
+                                       const Statistics& own) {
+    const int lane = threadIdx.x % 32, slot = rank * WARPS + threadIdx.x / 32;
+    if constexpr (CLUSTER == 1) {
+        if (lane == 0) warps[slot] = own;
+        __syncthreads();
+    } else {
+        all_have_begun();
+        if (lane < CLUSTER) send(&warps[slot], gathered, lane, own);
+        barrier_wait_cluster(gathered, 0);  // and none writes here any more, so this block may end
+    }
+}
+
 // The statistics of what this thread reads of the block's part, as it arrives. `first`: the part's first vector.
 __device__ __forceinline__ Statistics part_statistics(const Part* part, int first, u64 (&arrived)[CHUNKS]) {
     Statistics s = {LOW, 0.0f};
@@ -157,12 +171,9 @@ __device__ __forceinline__ void cross_entropy(f32* __restrict__ losses, floatX* 
         barriers_visible();
     }
     __syncthreads();
-    say_begun();  // from here on this block's shared memory may be written
+    if constexpr (CLUSTER > 1) say_begun();  // from here on this block's shared memory may be written
     const Statistics own = warp_statistics(part_statistics(part, first, arrived));
-    all_have_begun();
-    if (lane < CLUSTER) send(&warps[rank * WARPS + threadIdx.x / 32], &gathered, lane, own);
-    barrier_wait_cluster(&gathered, 0);  // and none writes here any more, so this block may end
-
+    gather(warps, &gathered, rank, own);
     Statistics row = {LOW, 0.0f};
     for (int i = lane; i < CLUSTER * WARPS; i += 32) merge(row, warps[i].highest, warps[i].sum);
     row = warp_statistics(row);

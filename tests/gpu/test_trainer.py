@@ -232,6 +232,7 @@ def test_what_the_kernels_do_not_cover_is_refused(dev):
         trainer(dev, dataclasses.replace(SMALL, head_dim=130))
 
 
+@pytest.mark.alone
 def test_what_does_not_fit_is_refused_before_anything_is_allocated(dev):
     free, _ = dev.free_bytes()
     with pytest.raises(OutOfMemoryError, match="GiB free") as caught:
@@ -239,6 +240,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_allocated(dev):
     assert "lower --batch-size" in str(caught.value) and dev.free_bytes()[0] == free
 
 
+@pytest.mark.alone
 def test_a_step_allocates_nothing_on_the_device(dev):
     t = trainer(dev, precision="bf16")
     for s in range(3):
