@@ -19,11 +19,6 @@ DEVICE Place place() {
     const u32 linear = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), heads = gridDim.y * gridDim.z;
     return {(i32)(linear / heads), (i32)(linear % heads % gridDim.y), (i32)(linear % heads / gridDim.y)};
 }
-DEVICE u32 pack(float low, float high) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
 
 // Four 8x8 matrices, lane l gives the address of row l%8 of matrix l/8.
 DEVICE void load_matrices(u32 (&r)[4], const bf16* p) {

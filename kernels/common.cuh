@@ -1,6 +1,7 @@
 // common.cuh - what every kernel file shares: the storage type, 16-byte vectors, sums over a warp and over a block.
 //
-// MATH      warp_sum(x) = sum of x over the 32 lanes        block_sum<BLOCK>(x) = sum of x over the BLOCK threads
+// MATH      warp_sum(x) = sum of x over the 32 lanes        block_sum<BLOCK>(x) = sum of x over the BLOCK threads, or
+//           block_sum<BLOCK, THREADS>(x) over each THREADS neighbours
 // BAKED     FLOATX (f32 or bf16): floatX, the type in which activations and weights are stored
 // LAUNCH    the sums are called by all threads of the warp or block together; blockDim is (BLOCK, 1, 1)
 // MEMORY    block_sum: BLOCK/32 floats of shared memory, the same for all calls of one BLOCK
@@ -37,6 +38,13 @@ static_assert(same_type<floatX, f32>::value || same_type<floatX, bf16>::value, "
 __device__ __forceinline__ float to_float(f32 x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
 
+// Two bf16 in one instruction and one register, the low one first.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 template <typename X> __device__ __forceinline__ X from_float(float x);
 template <> __device__ __forceinline__ f32 from_float<f32>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
@@ -50,14 +58,13 @@ template <typename X, int W> struct alignas(sizeof(X) * W) Vec {
     X lane[W];
     __device__ __forceinline__ float operator[](int i) const { return to_float(lane[i]); }
     __device__ __forceinline__ void set(int i, float x) { lane[i] = from_float<X>(x); }
-    // Every element i = value(i); bf16 by twos, which takes one instruction and one register.
+    // Every element i = value(i); bf16 by twos.
     template <typename F> __device__ __forceinline__ void fill(F value) {
 #pragma unroll
         for (int i = 0; i < W; i += 2) {
             if constexpr (W > 1 && sizeof(X) == 2) {
-                u32 two;
-                asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(value(i + 1)), "f"(value(i)));
-                reinterpret_cast<u32*>(lane)[i / 2] = two;
+                const float high = value(i + 1);
+                reinterpret_cast<u32*>(lane)[i / 2] = pack(value(i), high);
             } else {
                 set(i, value(i));
                 if constexpr (W > 1) set(i + 1, value(i + 1));
@@ -114,18 +121,19 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// Every thread gets the sum: each warp's, then each warp adds all of those by the same butterfly.
-template <int BLOCK>
+// Every thread gets the sum of its THREADS: each warp's, then each warp adds all of those by the same butterfly.
+template <int BLOCK, int THREADS = BLOCK>
 __device__ __forceinline__ float block_sum(float x) {
     static_assert(BLOCK % 32 == 0 && BLOCK >= 32 && BLOCK <= 1024, "BLOCK is a multiple of 32 from 32 to 1024");
-    constexpr int WARPS = BLOCK / 32;
+    static_assert(THREADS % 32 == 0 && BLOCK % THREADS == 0, "whole warps, and as many in every part");
+    constexpr int WARPS = THREADS / 32;
     x = warp_sum(x);
     if constexpr (WARPS > 1) {
-        __shared__ float partial[WARPS];
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        __shared__ float partial[BLOCK / 32];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = THREADS == BLOCK ? 0 : warp / WARPS * WARPS;
         if (lane == 0) partial[warp] = x;
         __syncthreads();
-        x = warp_sum(lane < WARPS ? partial[lane] : 0.0f);
+        x = warp_sum(lane < WARPS ? partial[first + lane] : 0.0f);
         __syncthreads();  // the next call may write
     }
     return x;

@@ -69,21 +69,6 @@ __device__ __forceinline__ Row weight_again(const floatX* __restrict__ weight, i
     return out;
 }
 
-// Each thread of a row gets the row's sum. All threads of the block call it.
-__device__ __forceinline__ float row_sum(float x) {
-    x = warp_sum(x);
-    if constexpr (THREADS > 32) {
-        constexpr int WARPS = THREADS / 32;
-        __shared__ float sums[BLOCK / 32];
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        if (lane == 0) sums[warp] = x;
-        __syncthreads();
-        x = warp_sum(lane < WARPS ? sums[warp / WARPS * WARPS + lane] : 0.0f);
-        __syncthreads();  // the next call may write
-    }
-    return x;
-}
-
 extern "C" __global__ void __launch_bounds__(BLOCK) rmsnorm_forward(
     floatX* __restrict__ out, f32* __restrict__ rstd, floatX* __restrict__ residual, const floatX* __restrict__ inp,
     const floatX* __restrict__ update, const floatX* __restrict__ weight, i32 N) {
@@ -104,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) rmsnorm_forward(
 #pragma unroll
         for (int k = 0; k < W; k++) sum += x[e][k] * x[e][k];
     }
-    const float r = 1.0f / sqrtf(row_sum(sum) / C + EPS);
+    const float r = 1.0f / sqrtf(block_sum<BLOCK, THREADS>(sum) / C + EPS);
     if (row.there && row.lane == 0) rstd[row.n] = r;
 #pragma unroll
     for (int e = 0; e < EACH; e++) {
@@ -176,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 512 / BLOCK) rmsnorm_backwar
 #pragma unroll
             for (int k = 0; k < W; k++) sum += d[e][k] * w[k] * (x[e][k] * r);
         }
-        const float mean = row_sum(sum) / C;
+        const float mean = block_sum<BLOCK, THREADS>(sum) / C;
 #pragma unroll
         for (int e = 0; e < EACH; e++) {
             forget(x[e], nothing);
