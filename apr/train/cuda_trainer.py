@@ -59,7 +59,7 @@ class CudaTransformerTrainer(Trainer):
             warmup(self.dev.cache, needed)
         self.gemm = Gemm(self.dev, self.arena["workspace"], chosen)
         self.net = Model(self.dev, self.gemm, self.arena, model)
-        self.staging = Staging(self.dev, self.arena, config.accumulation_steps)
+        self.staging = Staging(self.dev, self.arena, 1 + self.ahead, config.accumulation_steps)
         self.graphs, self.poison = graphs, poison
         self._seen: dict[tuple[Any, ...], Any] = {}  # a shape's graph, or None after its first run
         self._rows = 0  # of the part that was loaded last

@@ -2,8 +2,8 @@
 
 A copy is made in the order of the stream, after all that was launched before it, while the host goes on; so the host
 may not change what a copy has yet to read, nor read what a copy has yet to write. Of the memory that is sent from there
-are as many sets as two steps have parts, taken in turns: of the step before the last everything is done. Where there
-are more parts (a batch larger than planned), the host waits, and never the GPU: the last two parts are with it.
+are as many sets as the steps under way have parts, taken in turns: of the step before them everything is done. Where
+there are more parts (a batch larger than planned), the host waits, and never the GPU: the last two parts are with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +15,18 @@ from apr.arena import Arena
 from apr.device import Device
 
 SENT = ("ids", "targets", "order", "runs", "step")  # buffers of the plan
-STEPS = 2  # that may be under way: one is made, and one is behind it
 
 
 class Staging:
-    """Pinned memory for the buffers of SENT and for `stats`. `parts`: of a step, as a rule."""
+    """Pinned memory for the buffers of SENT and for `stats`: of `steps` under way, each of `parts`, as a rule."""
 
-    def __init__(self, dev: Device, arena: Arena, parts: int) -> None:
-        self.dev, self.arena, self.sets = dev, arena, STEPS * parts
+    def __init__(self, dev: Device, arena: Arena, steps: int, parts: int) -> None:
+        self.dev, self.arena, self.steps, self.sets = dev, arena, steps, steps * parts
         specs = {b.name: b for b in arena.plan.buffers}
         self.hosts = [{name: dev.mapped((specs[name].size,), specs[name].dtype)[0] for name in SENT}
                       for _ in range(self.sets)]
         self.sent: list[Any] = [None] * self.sets  # marks: the copies from this memory are done
-        self.back = [dev.mapped(specs["stats"].shape, specs["stats"].dtype)[0] for _ in range(STEPS)]
+        self.back = [dev.mapped(specs["stats"].shape, specs["stats"].dtype)[0] for _ in range(steps)]
         self.sends = self.fetches = 0
 
     def send(self, values: Mapping[str, np.ndarray]) -> None:
@@ -45,9 +44,9 @@ class Staging:
     def fetch(self) -> Callable[[], np.ndarray]:
         """Copy `stats` (STATS,) f64 as it will be after all that was launched; the result waits for it and returns it.
 
-        At most STEPS may be unread. The result raises DeviceFault.
+        At most `steps` may be unread. The result raises DeviceFault.
         """
-        host = self.back[self.fetches % STEPS]
+        host = self.back[self.fetches % self.steps]
         self.dev.fetch(host, self.arena["stats"])
         mark = self.dev.mark()
         self.fetches += 1
