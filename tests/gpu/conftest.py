@@ -69,7 +69,7 @@ def copies(request):
 @pytest.fixture(autouse=True)
 def mutants_beside(request):
     """The runs of the mutants begin with the first test that can bear them, where their outcomes are asked for."""
-    if any(map(of_mutants, request.session.items)) and request.node.get_closest_marker("alone") is None:
+    if of_mutants(request.session.items[-1]) and request.node.get_closest_marker("alone") is None:
         request.getfixturevalue("copies")
 
 
