@@ -13,8 +13,6 @@ import numpy as np
 
 from apr.kernel import DEVICE_DTYPES
 
-VECTORS, MATRIX = "fill of vectors", "fill of a matrix"
-
 
 class LazyGpu:
     """As much of a Device as a trainer asks for."""

@@ -192,7 +192,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(bench, "step_times", lambda dev, trainer, batches: launches)
     monkeypatch.setattr(bench, "Lab", lambda dev: dev)
     monkeypatch.setattr(bench, "ceilings", lambda lab: RATES)
-    monkeypatch.setattr(registry, "paths", lambda c, storage, fast: dict.fromkeys(fast, "sm_90a"), raising=False)
+    monkeypatch.setattr(registry, "paths", lambda c, storage, fast: dict.fromkeys(fast, "sm_90a"))
     monkeypatch.setattr(command, "TimedDevice", lambda ordinal, warn: dev)
     monkeypatch.setattr(command, "choose_device", lambda word: SimpleNamespace(ordinal=0))
     return dev
