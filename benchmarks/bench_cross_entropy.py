@@ -6,6 +6,7 @@ to float32 within its kernels, where that costs nothing.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,12 @@ def backward(name: str, c: TransformerConfig, X: str) -> Case:
 
 
 def cases() -> list[Case]:
-    """Both models in bf16, the first in f32 too."""
-    kinds = [*((name, "bf16") for name in MODELS), ("qwen2_0_5b", "f32")]
-    return [make(name, MODELS[name], X) for name, X in kinds for make in (forward, backward)]
+    """Both models in bf16, the second also with a vocabulary as wide as its padded one, and the first in f32."""
+    llama = MODELS["llama_370m"]
+    kinds = [*((name, c, "bf16") for name, c in MODELS.items()),
+             (f"llama_370m V={llama.Vp}", replace(llama, vocab_size=llama.Vp), "bf16"),
+             ("qwen2_0_5b", MODELS["qwen2_0_5b"], "f32")]
+    return [make(name, c, X) for name, c, X in kinds for make in (forward, backward)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
