@@ -80,7 +80,7 @@ def cases() -> list[Case]:
     """Both models in bf16, the second also with a vocabulary as wide as its padded one, and the first in f32."""
     llama = MODELS["llama_370m"]
     kinds = [*((name, c, "bf16") for name, c in MODELS.items()),
-             (f"llama_370m V={llama.Vp}", replace(llama, vocab_size=llama.Vp), "bf16"),
+             (f"V={llama.Vp}", replace(llama, vocab_size=llama.Vp), "bf16"),
              ("qwen2_0_5b", MODELS["qwen2_0_5b"], "f32")]
     return [make(name, c, X) for name, c, X in kinds for make in (forward, backward)]
 

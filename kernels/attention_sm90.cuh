@@ -16,19 +16,17 @@ template <int STAGES> struct Cursor {
     DEVICE void next() { if (++stage == STAGES) stage = 0, phase ^= 1; }
 };
 
-// STAGES tiles come and go: `full` when one has come, `empty` when every consumer warp is done with it.
+// STAGES tiles come and go: `full` when one has come, `empty` when every consumer thread is done with it. Each arrives
+// itself: a lane that arrives for its warp says nothing of what the others have read, as racecheck sees it.
 template <int STAGES> struct Pipe {
     u64 full[STAGES], empty[STAGES];
     DEVICE void init(u32 arrivals, int consumers) {
         UNROLL for (int i = 0; i < STAGES; i++)
-            barrier_init(full + i, arrivals), barrier_init(empty + i, 4 * consumers);
+            barrier_init(full + i, arrivals), barrier_init(empty + i, 128 * consumers);
     }
     DEVICE void wait_full(const Cursor<STAGES>& c) { barrier_wait(full + c.stage, c.phase); }
     DEVICE void wait_empty(const Cursor<STAGES>& c) { barrier_wait(empty + c.stage, c.phase ^ 1); }
-    DEVICE void release(const Cursor<STAGES>& c) {
-        __syncwarp();                                                      // every lane has read what it reads itself
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + c.stage);
-    }
+    DEVICE void release(const Cursor<STAGES>& c) { barrier_arrive(empty + c.stage); }
 };
 
 template <int N> struct Tile { bf16 panel[SLABS][N / 64][PANEL]; };     // N rows of a head
