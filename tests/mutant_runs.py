@@ -17,9 +17,16 @@ def falsifiers(suite: str) -> list[Falsifier]:
     return [f for c in load_all(contracts_dir()) for f in c.falsifiers if f.suite == suite]
 
 
+def tests_of(falsifiers: Sequence[Falsifier]) -> set[str]:
+    """The tests that are to turn red under mutants, or that claim something without one."""
+    return {f.test for f in falsifiers if f.test is not None}
+
+
 def started(request, suite: str) -> Copies:
-    """Copies, with a run under way for every mutant that this session of pytest asks about."""
+    """Copies, with runs under way without a mutant, and for every mutant that this session of pytest asks about."""
     copies = Copies(ROOT, SUITES[suite])
+    if any(item.name == "test_unmutated_copies_pass" for item in request.session.items):
+        copies.start_unmutated(tests_of(falsifiers(suite)))
     for item in request.session.items:
         falsifier = getattr(getattr(item, "callspec", None), "params", {}).get("falsifier")
         if falsifier is not None and falsifier.suite == suite:
@@ -47,8 +54,6 @@ def demand_clean(copies: Copies, of: Sequence[Falsifier]) -> Run:
 
     Returns that run.
     """
-    for future in copies.runs.values():
-        future.result()
-    run = copies.unmutated({f.test for f in of})
+    run = copies.unmutated(tests_of(of))
     assert run.code == 0 and all(run.passed(f.test) for f in of), run.output[-3000:]
     return run

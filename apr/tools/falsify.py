@@ -7,8 +7,9 @@ nothing about the test; one that survives says that the test does not hold what 
 import os
 import queue
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,7 @@ class Copies:
 
     def __init__(self, root: Path, suite: Suite, workers: int | None = None) -> None:
         self.suite, self.runs = suite, dict[str, Future[Outcome]]()
+        self.clean = dict[frozenset[str], list[Future[Run]]]()
         self.folder = PrivateFolder("apr-falsify-")
         self.free: queue.Queue[Path] = queue.Queue()
         self.copies = [Path(self.folder.name).resolve() / str(n) for n in range(workers or suite.workers)]
@@ -82,21 +84,27 @@ class Copies:
         self.pool.shutdown(cancel_futures=True)
         self.folder.remove()
 
-    def unmutated(self, tests: Iterable[str]) -> Run:
-        """These tests, their files shared out among the copies, which must be idle; outcomes as of one run.
+    def start_unmutated(self, tests: Iterable[str]) -> list[Future[Run]]:
+        """The runs of these tests without a mutant, their files shared out; a second call returns the first one's.
 
         Raises MeasureError if apr is not the copy's own.
         """
-        copy, ids = self.copies[0], set(tests)
-        where = python(copy, ["-c", "import apr; print(apr.__file__)"], self.environment, self.suite.seconds)
-        if not Path(where.stdout.strip() or "/").resolve().is_relative_to(copy):
-            raise MeasureError("apr contracts falsify", f"apr of the copy {copy}",
-                               (where.stdout + where.stderr).strip()[-200:] or "none", "run it in the checkout")
-        files = sorted({i.partition("::")[0] for i in ids})
-        shares = [sorted(i for i in ids if i.partition("::")[0] in files[n::len(self.copies)])
-                  for n in range(min(len(files), len(self.copies)))]
-        runs = self.pool.map(self._pytest, self.copies, shares, [UNMUTATED_SECONDS] * len(shares))
-        return merged(list(runs))
+        ids = frozenset(tests)
+        if ids not in self.clean:
+            with self._borrowed() as copy:
+                where = python(copy, ["-c", "import apr; print(apr.__file__)"], self.environment, self.suite.seconds)
+            if not Path(where.stdout.strip() or "/").resolve().is_relative_to(copy):
+                raise MeasureError("apr contracts falsify", f"apr of the copy {copy}",
+                                   (where.stdout + where.stderr).strip()[-200:] or "none", "run it in the checkout")
+            files = sorted({i.partition("::")[0] for i in ids})
+            shares = (sorted(i for i in ids if i.partition("::")[0] in files[n::len(self.copies)])
+                      for n in range(min(len(files), len(self.copies))))
+            self.clean[ids] = [self.pool.submit(self._unmutated, share) for share in shares]
+        return self.clean[ids]
+
+    def unmutated(self, tests: Iterable[str]) -> Run:
+        """Outcomes of these tests without a mutant, as of one run. Raises what start_unmutated raises."""
+        return merged([run.result() for run in self.start_unmutated(tests)])
 
     def start(self, falsifier: Falsifier) -> Future[Outcome]:
         """The run of a mutant; a second call returns the first one's."""
@@ -104,17 +112,29 @@ class Copies:
             self.runs[falsifier.id] = self.pool.submit(self._mutated, falsifier)
         return self.runs[falsifier.id]
 
+    @contextmanager
+    def _borrowed(self) -> Iterator[Path]:
+        """A copy that nobody else uses meanwhile."""
+        copy = self.free.get()
+        try:
+            yield copy
+        finally:
+            self.free.put(copy)
+
+    def _unmutated(self, tests: Sequence[str]) -> Run:
+        with self._borrowed() as copy:
+            return self._pytest(copy, tests, UNMUTATED_SECONDS)
+
     def _mutated(self, falsifier: Falsifier) -> Outcome:
         assert falsifier.mutant is not None and falsifier.test is not None
-        copy = self.free.get()
-        file = copy / falsifier.mutant.file
-        original = file.read_bytes()
-        try:
-            file.write_bytes(falsifier.mutant.apply(original.decode()).encode())
-            return judge(falsifier, self._pytest(copy, ["-x", falsifier.test], self.suite.seconds))
-        finally:
-            file.write_bytes(original)
-            self.free.put(copy)
+        with self._borrowed() as copy:
+            file = copy / falsifier.mutant.file
+            original = file.read_bytes()
+            try:
+                file.write_bytes(falsifier.mutant.apply(original.decode()).encode())
+                return judge(falsifier, self._pytest(copy, ["-x", falsifier.test], self.suite.seconds))
+            finally:
+                file.write_bytes(original)
 
     def _pytest(self, copy: Path, arguments: Sequence[str], seconds: float) -> Run:
         return pytest(copy, arguments, self.suite.options, self.environment, seconds, copy.with_suffix(".xml"))

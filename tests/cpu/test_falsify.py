@@ -139,6 +139,16 @@ def test_the_copies_are_clean_after_every_mutant_and_gone_at_the_end(tmp_path):
     assert not os.path.exists(copies.folder.name)
 
 
+def test_runs_without_a_mutant_go_on_beside_those_with_one_and_see_none(tmp_path):
+    plant(tmp_path)
+    killed = next(f for c in load_all(tmp_path / "contracts") for f in c.falsifiers if f.id == "SCALE-001")
+    with Copies(tmp_path, SUITE) as copies:
+        started = copies.start_unmutated([killed.test])
+        mutated = copies.start(killed)
+        assert copies.start_unmutated([killed.test]) is started
+        assert copies.unmutated([killed.test]).code == 0 and mutated.result().outcome == "killed"
+
+
 def test_a_mutant_that_hangs_is_ended_and_counts_as_a_fault(tmp_path):
     plant(tmp_path)
     hangs = Falsifier(id="SCALE-009", claim="it ends", test="tests/cpu/test_scale.py::test_scale",
