@@ -5,7 +5,7 @@ from pathlib import Path
 
 from apr.contract import Falsifier, load_all
 from apr.paths import contracts_dir
-from apr.tools.falsify import GOOD, SUITES, Copies
+from apr.tools.falsify import GOOD, SUITES, Copies, tests_of
 from apr.tools.pytest_runs import Run
 
 ROOT = Path(__file__).parents[1]
@@ -15,11 +15,6 @@ SEED_CLASS = 19  # mutants of docs/numerics, made from the bugs that began the p
 def falsifiers(suite: str) -> list[Falsifier]:
     """All of a suite that are run."""
     return [f for c in load_all(contracts_dir()) for f in c.falsifiers if f.suite == suite]
-
-
-def tests_of(falsifiers: Sequence[Falsifier]) -> set[str]:
-    """The tests that are to turn red under mutants, or that claim something without one."""
-    return {f.test for f in falsifiers if f.test is not None}
 
 
 def started(request, suite: str) -> Copies:

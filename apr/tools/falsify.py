@@ -178,6 +178,11 @@ def select(contracts: Iterable[Contract], names: Sequence[str]) -> list[Falsifie
     return [f for f in by_id.values() if f.id in chosen]
 
 
+def tests_of(falsifiers: Iterable[Falsifier]) -> set[str]:
+    """The tests that are to turn red under mutants, or that claim something without one."""
+    return {f.test for f in falsifiers if f.test is not None}
+
+
 def falsify(root: Path, falsifiers: Sequence[Falsifier], suite: Suite, workers: int | None,
             done: Callable[[str], None]) -> list[Outcome]:
     """Run falsifiers of one suite in copies of the checkout at `root`; `done` is given each one's id as it ends.
@@ -187,7 +192,7 @@ def falsify(root: Path, falsifiers: Sequence[Falsifier], suite: Suite, workers: 
     Raises MeasureError, before any mutant, unless the test of every mutant passes without it.
     """
     with Copies(root, suite, workers) as copies:
-        clean = copies.unmutated(f.test for f in falsifiers if f.test is not None)
+        clean = copies.unmutated(tests_of(falsifiers))
         having_mutants = [f for f in falsifiers if f.mutant is not None]
         if red := [f for f in having_mutants if not clean.passed(f.test or "")]:
             raise MeasureError(f"{red[0].id}: {red[0].test}", "a test that passes on the code as it is",
