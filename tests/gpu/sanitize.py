@@ -22,15 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# The slowest first, here and in TOOLS.
 MODELS: list[tuple[str, str, dict[str, Any]]] = [
-    ("fp32", "llama", {"hidden_size": 37, "head_dim": 8}), ("fp32", "qwen2", {"head_dim": 128}),
-    ("fp32", "qwen3", {"head_dim": 32, "intermediate_size": 51}),
-    *(("bf16", "qwen2", {"head_dim": hs}) for hs in (32, 64, 80, 96, 128)),
+    ("bf16", "llama", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False, "vocab_size": 50257}),
     ("bf16", "qwen3", {"head_dim": 64, "hidden_size": 123, "vocab_size": 131}),
-    ("bf16", "llama", {"head_dim": 32, "num_key_value_heads": 1, "tie_word_embeddings": False, "vocab_size": 50257})]
+    *(("bf16", "qwen2", {"head_dim": hs}) for hs in (128, 96, 80, 64, 32)),
+    ("fp32", "qwen3", {"head_dim": 32, "intermediate_size": 51}), ("fp32", "qwen2", {"head_dim": 128}),
+    ("fp32", "llama", {"hidden_size": 37, "head_dim": 8})]
 # Buffers that products write.
 PRODUCTS = ("qkv", "qkv_raw", "branch", "gate_up", "act", "logits_buf", "datty", "workspace")
-TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")  # the slowest first
+TOOLS = ("racecheck", "memcheck", "initcheck", "synccheck")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -107,12 +108,12 @@ def main(tools: list[str]) -> int:
 
     failed = False
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = {tool: [pool.submit(watch, tool, i) for i in reversed(range(len(MODELS)))] for tool in tools}
+        runs = {tool: [pool.submit(watch, tool, i) for i in range(len(MODELS))] for tool in tools}
         for tool, of in runs.items():
             found = [run.result() for run in of]
             ran = [n for n, _ in found if n is not None]
             print(f"{tool}: {sum(ran)} findings; {len(ran)} of {len(MODELS)} models", flush=True)
-            for model, (n, output) in zip(reversed(MODELS), found, strict=True):
+            for model, (n, output) in zip(MODELS, found, strict=True):
                 if n != 0:
                     failed = True
                     print(*model, output[:6000], flush=True)
