@@ -25,7 +25,6 @@ from apr.device import Device
 from apr.errors import KernelError, LaunchError, UnavailableError
 from apr.gemm_table import ALGO_BYTES, algorithm, read_table
 
-CANDIDATES = 16
 R_32F, R_16BF, COMPUTE_32F = 0, 14, 68  # cudaDataType_t, cublasComputeType_t
 KINDS: dict[int, np.dtype[Any]] = {R_32F: np.dtype(np.float32), R_16BF: np.dtype(np.uint16)}
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER, WORKSPACE_BYTES, REDUCTION_MASK = 3, 4, 7, 8, 1, 3  # attributes
@@ -210,18 +209,10 @@ class Gemm:
         # copies: a member of `results` is a pointer into memory that goes with it
         return [_ffi.new("algo_t *", results[i].algo) for i in range(found[0]) if results[i].state == 0]
 
-    def tune(self, shape: Shape, beta: float, run: Any, bias: Any = None) -> list[tuple[float, str]]:
-        """Milliseconds and algorithm of each candidate, the library's first one first; `run()` times the product."""
-        desc, layouts = self._describe(shape, bias)
-        timed = []
-        for algo in self.candidates(desc, layouts, shape.name(beta), CANDIDATES):
-            self.products[shape, beta] = Product(desc, layouts, algo, shape.name(beta))
-            try:
-                timed.append((run(), bytes(_ffi.buffer(algo, ALGO_BYTES)).hex()))
-            except KernelError:
-                continue  # a candidate that the library lists, and then does not support
-        del self.products[shape, beta]
-        return timed
+    def algorithms(self, shape: Shape, beta: float, wanted: int, bias: Any = None) -> list[str]:
+        """Up to `wanted` algorithms for a product, as a table holds them, the library's favourite first."""
+        found = self.candidates(*self._describe(shape, bias), shape.name(beta), wanted)
+        return [bytes(_ffi.buffer(algo, ALGO_BYTES)).hex() for algo in found]
 
     def _made(self, function: str, *arguments: Any) -> Any:
         out = _ffi.new("void **")

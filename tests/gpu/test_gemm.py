@@ -150,8 +150,7 @@ def test_gemm_uses_the_choices_that_it_is_given(dev, storage):
     bits, shape = product(dev, first, storage)
     name = shape.name(0.0)
     assert list(first.choices) == [name]
-    desc, layouts = first._describe(shape)
-    others = [algorithm_bytes(a).hex() for a in first.candidates(desc, layouts, name, 16)]
+    others = first.algorithms(shape, 0.0, 16)
     other = next(o for o in others if o != first.choices[name])
     given = Gemm(dev, workspace, {**first.record(), "algorithms": {name: other}})
     product(dev, given, storage)
@@ -173,8 +172,7 @@ def test_gemm_takes_the_algorithm_of_the_sum_for_the_product_alone(dev):
     workspace, arrays = dev.empty((WORKSPACE,), "u8"), Arrays(dev, "bf16")
     shape, dweight = Shape(128, 128, 256, False, True, R_16BF, R_32F), arrays.update(np.zeros((128, 128)), "f32")
     first = Gemm(dev, workspace)
-    desc, layouts = first._describe(shape)
-    others = [algorithm_bytes(a).hex() for a in first.candidates(desc, layouts, shape.name(1.0), 16)]
+    others = first.algorithms(shape, 1.0, 16)
     given = Gemm(dev, workspace, {**first.record(), "algorithms": {shape.name(1.0): others[-1]}})
     inp, dout = (arrays.read(np.ones((256, 128), np.float32)) for _ in range(2))
     given.linear_dweight(dweight, dout, inp, add=False)
@@ -183,11 +181,6 @@ def test_gemm_takes_the_algorithm_of_the_sum_for_the_product_alone(dev):
     own = Gemm(dev, workspace, {**first.record(), "algorithms": both})
     own.linear_dweight(dweight, dout, inp, add=False)
     assert own.choices == {shape.name(0.0): others[0]}, "a product's own entry comes first"
-
-
-def algorithm_bytes(algo):
-    """The 64 bytes of an algorithm."""
-    return b"".join(int(word).to_bytes(8, "little") for word in algo.data)
 
 
 @pytest.mark.parametrize("damaged", ["ff" * 64, "00" * 3, "not hex"], ids=["nonsense", "short", "no_hex"])
@@ -211,6 +204,5 @@ def test_gemm_names_the_product_that_it_has_no_algorithm_for(dev):
     """No split sums, no workspace and an output of another type than the library has for these inputs."""
     gemm = Gemm(dev, dev.empty((16,), "u8"))
     shape = Shape(64, 64, 64, True, False, R_32F, R_16BF)
-    desc, layouts = gemm._describe(shape)
     with pytest.raises(KernelError, match="64x64x64-TN-f32-bf16-0"):
-        gemm.candidates(desc, layouts, shape.name(0.0), 1)
+        gemm.algorithms(shape, 0.0, 1)
