@@ -4,8 +4,8 @@
 
 In a training step a GPU works at its power limit, where an algorithm that needs less energy is the quicker one, and
 reads other weights for every layer. So a candidate is timed as a graph of the product with several layers' operands,
-replayed without a pause until its clock has settled; first all candidates briefly, then those close to the best, in
-turns. The best is entered only where it beats the library's first candidate by more than 1 %.
+replayed without a pause until its clock has settled; first all candidates briefly, then those close to the best, there
+and back. The best is entered only where it beats the library's first candidate by more than 1 %.
 
 The table goes into apr/gemm_tables, for this GPU and this version of the library; a run records the algorithms that it
 used, so a later table changes no run in progress.
@@ -33,7 +33,6 @@ from apr.train.cuda_trainer import CudaTransformerTrainer
 
 CANDIDATES, CLOSE, FINALISTS, GAIN = 32, 1.08, 6, 0.99
 BRIEF, LONG = (2e-3, 4e-3), (30e-3, 50e-3)  # seconds of work before the clock is read, and those that are timed
-TURNS = 2
 MOST_LAYERS = 24
 ROWS = ["qwen2_0_5b:8x2048", "qwen2_0_5b:32x1024", "llama_370m:8x2048", "qwen2_0_5b:1x512"]  # of bench_step.py --rows
 
@@ -102,14 +101,13 @@ def tune(lab: Lab, shape: Shape, beta: float) -> tuple[list[Graph], int]:
     for graph in graphs:
         graph.milliseconds = graph.time(*BRIEF)
     first, *others = graphs
-    close = sorted((g for g in others if g.milliseconds < CLOSE * min(g.milliseconds for g in graphs)),
-                   key=lambda g: g.milliseconds)
-    finalists, times = [first, *close[:FINALISTS]], []
-    for turn in range(TURNS):
-        order = range(len(finalists))[::-1 if turn % 2 else 1]
-        times.append({i: finalists[i].time(*LONG) for i in order})
-    for i, graph in enumerate(finalists):
-        graph.milliseconds = statistics.mean(t[i] for t in times)
+    limit = CLOSE * min(graph.milliseconds for graph in graphs)
+    close = sorted((g for g in others if g.milliseconds < limit), key=lambda g: g.milliseconds)
+    finalists = [first, *close[:FINALISTS]]
+    there = [graph.time(*LONG) for graph in finalists]
+    back = [graph.time(*LONG) for graph in reversed(finalists)]
+    for graph, *times in zip(finalists, there, reversed(back), strict=True):
+        graph.milliseconds = statistics.mean(times)
     return finalists, len(graphs)
 
 
