@@ -108,6 +108,18 @@ def write_durable(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
+def require_room(folder: Path, needed: int, what: str) -> None:
+    """Raise StorageError unless the file system of `folder`, or of where it will be, has `needed` bytes for us."""
+    there = folder.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    with os_errors(str(folder)):
+        room = os.statvfs(there)
+    if (free := room.f_bavail * room.f_frsize) < needed:
+        raise StorageError(str(folder), f"{needed / 2**30:.2f} GiB free for {what}", f"{free / 2**30:.2f} GiB",
+                           "free space, or choose another folder; what was complete before is intact")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` at the end of the block, whole or not at all.

@@ -1,5 +1,6 @@
 """The --config file of `apr pretrain`: checked whole when it is read, so that every complaint names file and key."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ class ConfigFile:
     force_init_loss: bool | None = None
     weights: str | None = None
     parity_every: int | None = None
+    keep: int | None = None
+    milestone_every: int | None = None
+    step_timeout: float | None = None
 
     def __post_init__(self) -> None:
         require("mode", self.mode, "one of " + ", ".join(MODES), self.mode is None or self.mode in MODES)
         require("weights", self.weights, "f32 or bf16", self.weights in (None, "f32", "bf16"))
         require("val_batches", self.val_batches, "at least 1", self.val_batches is None or self.val_batches >= 1)
-        require("parity_every", self.parity_every, "0 or more", self.parity_every is None or self.parity_every >= 0)
+        for name, least in (("parity_every", 0), ("milestone_every", 0), ("keep", 1)):
+            value = getattr(self, name)
+            require(name, value, f"{least} or more", value is None or value >= least)
+        require("step_timeout", self.step_timeout, "0 or more, and finite",
+                self.step_timeout is None or 0 <= self.step_timeout < math.inf)
         if self.preset is not None:
             preset(self.preset)
 

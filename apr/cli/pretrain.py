@@ -18,7 +18,7 @@ from apr.tools.device import choose_device
 from apr.tools.live_gate import LiveGate
 from apr.train.corpus import DEMO
 from apr.train.init import InitModel, open_init
-from apr.train.pretrain import LoopConfig
+from apr.train.pretrain import ON_DIVERGENCE, LoopConfig
 from apr.train.run import pretrain, read_run, resume
 from apr.train.run_config import MODES, RunConfig, check_370m, check_provisioned, check_resumed
 
@@ -29,10 +29,13 @@ FIELDS = {
     "lr": ("train", "lr"), "num_steps": ("train", "max_steps"), "warmup_steps": ("train", "warmup_steps"),
     "batch_size": ("train", "batch_size"), "seq_length": ("train", "max_seq_len"), "seed": ("train", "seed"),
     "precision": ("train", "precision"), "force_init_loss": ("", "force_init_loss"), "weights": ("", "weights"),
-    "parity_every": ("", "parity_every"),
+    "parity_every": ("", "parity_every"), "keep": ("", "keep"), "milestone_every": ("", "milestone_every"),
+    "step_timeout": ("", "step_timeout"), "max_skips": ("loop", "max_skips"),
+    "on_divergence": ("loop", "on_divergence"),
     "grad_accum": ("train", "accumulation_steps"), "steps_per_epoch": ("loop", "steps_per_epoch"),
     "target_val_loss": ("loop", "target_val_loss"),
 }
+ON_RESUME = ("parity_every", "keep", "milestone_every", "step_timeout", "max_skips", "on_divergence")  # may be others
 UPSTREAM_TRAIN = {"batch_size": 16, "max_seq_len": 1024, "max_steps": 1000, "weight_decay": 0.01, "max_grad_norm": 1.0}
 DEMO_RUN = {
     "preset": "demo", "dataset": DEMO, "allow_shard_cycle": True, "val_batches": 16,
@@ -79,14 +82,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the weights in each epoch's .apr (default: bf16 where the model of --init is, else f32)")
     add("--force-under-provisioned", action="store_true",
         help="with --init: train although there are under 10 tokens per parameter")
-    add("--parity-every", type=int, metavar="K",
-        help="on a GPU, hold every K-th step against the reference: a layer, losses, the optimizer (500; 0: none)")
     add("--val-shard", metavar="PATH", help="held-out shards; default: the head of the dataset, never trained on")
     add("--allow-shard-cycle", action="store_true", default=None,
         help="train on the data again when they end; otherwise the run ends")
     add("--synthetic", action="store_true", default=None,
         help="exercise the loop with made-up losses: no model, no data, no checkpoint")
     add("--json", action="store_true", help="print every event as a line of JSON on stdout")
+    _add_care(parser)
+
+
+def _add_care(parser: argparse.ArgumentParser) -> None:
+    """What is to happen when something goes wrong, and what is kept: a resumed run may have others."""
+    add = parser.add_argument
+    add("--parity-every", type=int, metavar="K",
+        help="on a GPU, hold every K-th step against the reference: a layer, losses, the optimizer (500; 0: none)")
+    add("--max-skips", type=int, metavar="K",
+        help="pass over up to K steps whose loss or gradient norm is not finite; one more ends the run (0)")
+    add("--on-divergence", choices=ON_DIVERGENCE,
+        help="when a guard trips: stop, or go back to the newest checkpoint and on past the data since (stop)")
+    add("--step-timeout", type=float, metavar="SECONDS",
+        help="end a run whose step takes longer (600 on a GPU, none on the CPU; 0: none)")
+    add("--keep", type=int, metavar="N", help="checkpoints to keep, the newest (2)")
+    add("--milestone-every", type=int, metavar="K",
+        help="keep the checkpoints of steps that K divides for good, beside the newest (0: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +117,7 @@ def run(args: argparse.Namespace) -> int:
             sinks.append(print_json)
         if args.resume:
             saved = read_run(args.run_dir)
-            if args.parity_every is not None:  # it changes nothing of what is trained
-                saved = replace(saved, parity_every=args.parity_every)
+            saved = _replaced(saved, {name: getattr(args, name) for name in ON_RESUME})
             check_resumed(saved, _merge(asdict(saved), {}, args, saved.model), str(args.run_dir))
             config = saved
             end = resume(saved, args.run_dir, device, sinks, display.warn, *watch_of(saved, device, args))
@@ -166,6 +183,13 @@ def build_config(args: argparse.Namespace, precision: str = "fp32", init: InitMo
             "tokenizer": None, "val_shard": None, "val_batches": 16, "allow_shard_cycle": False, "synthetic": False,
             "init": None, "weights": "f32" if init is None else init.dtype.lower()}
     return _merge(base, given, args, model)
+
+
+def _replaced(saved: RunConfig, flags: dict[str, Any]) -> RunConfig:
+    """The saved run with the flags that were given: those that decide what happens when something goes wrong."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    loop = replace(saved.loop, **{n: v for n, v in given.items() if FIELDS[n][0] == "loop"})
+    return replace(saved, loop=loop, **{n: v for n, v in given.items() if not FIELDS[n][0]})
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -74,6 +74,13 @@ class Display:
             self.warn(f"{where}: val_loss {event['val_loss']:.4f}")
         elif kind == "note":
             self.warn(event["text"])
+        elif kind == "skip":
+            self.warn(f"step {event['step']} is passed over: loss {event['train_loss']}, norm {event['grad_norm']}, "
+                      f"{event['tokens']} targets")
+        elif kind == "rollback":
+            first, last = event["passed_over"][-1]
+            self.warn(f"back to step {event['step']}, and past batches {first} to {last}: {event['where']}: "
+                      f"expected {event['expected']}, found {event['found']}")
         elif kind == "resume":
             self.warn(f"resumed from {event['checkpoint']}{kernels(event)}")
 

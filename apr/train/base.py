@@ -16,6 +16,7 @@ from apr.data.tokenizer import Tokenizer
 from apr.errors import ShapeError
 from apr.formats.model_file import check_coverage, save_model
 from apr.params import layout
+from apr.taps import Tap
 from apr.train.schedule import lr_at
 from apr.train.snapshot import Snapshot, sha256_of
 from apr.train.step_view import StepView
@@ -60,6 +61,7 @@ class Trainer(ABC):
     """
 
     ahead = 0
+    step_seconds = 0.0  # that a step may take before it counts as hung, unless a run says otherwise; 0: any time
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig) -> None:
         require("max_seq_len", config.max_seq_len, f"at most max_position_embeddings ({model.max_position_embeddings})",
@@ -133,6 +135,13 @@ class Trainer(ABC):
         """The sum of the losses of all batches, in nats."""
 
     @abstractmethod
+    def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
+        """The sum of the losses in nats; `grads` is the gradient of dloss times it, and nothing is updated.
+
+        For comparisons: `tap` sees every point of the forward and the backward pass.
+        """
+
+    @abstractmethod
     def forward_logits(self, ids: np.ndarray) -> np.ndarray:
         """Scores (B, T, V) float32 of every position for ids (B, T) int."""
 
@@ -164,6 +173,10 @@ class Trainer(ABC):
     def view(self) -> StepView | None:
         """What the last step left in the buffers; None where it is not kept, as on the CPU."""
         return None
+
+    def doing(self) -> str:
+        """What the device was given last, for the message of a step that does not end; nothing on the CPU."""
+        return ""
 
     def record(self) -> dict[str, Any]:
         """What besides weights and optimizer decides the bits of the steps to come; checkpoints keep it."""

@@ -33,7 +33,8 @@ from apr.strict import read_json
 
 STEP = re.compile(r"step-(\d{8})$")
 MANIFEST, FORMAT = "manifest.json", "apr-checkpoint"
-KEEP = 2  # the newest, and one to fall back on
+KEEP = 2  # the newest, and one to fall back on, unless a run keeps more
+SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, tokenizer and all
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ class Checkpoint:
 
 def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, params: Mapping[str, np.ndarray],
                      optimizer: Mapping[str, np.ndarray], state: Mapping[str, Any], tokenizer_json: str | None,
-                     hf_config: Mapping[str, Any] | None = None, assets: Mapping[str, str] | None = None) -> Path:
-    """Write ckpt_dir/step-N whole and durable, then drop all but the newest KEEP; returns its path.
+                     hf_config: Mapping[str, Any] | None = None, assets: Mapping[str, str] | None = None, *,
+                     keep: int = KEEP, milestone_every: int = 0) -> Path:
+    """Write ckpt_dir/step-N whole and durable, then drop all but the newest `keep`; returns its path.
 
-    `hf_config` and `assets` are what the model's maker gave, to be kept; a tokenizer among them is the one written.
-    Raises StorageError, and then the folder is as it was before.
+    Steps that `milestone_every` divides are kept for good; 0: none. `hf_config` and `assets` are what the model's maker
+    gave, to be kept; a tokenizer among them is the one written. Raises StorageError, and then the folder is as it was
+    before.
     """
-    final = ckpt_dir / f"step-{step:08d}"
+    final = ckpt_dir / name_of(step)
     temporary = ckpt_dir / f"{final.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
     try:
         with os_errors(str(final)):
@@ -79,9 +82,15 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sweep(ckpt_dir)
-    for old in steps(ckpt_dir)[KEEP:]:
-        _remove(old)
+    for old in [path for path in steps(ckpt_dir) if (path / MANIFEST).is_file()][keep:]:
+        if not (milestone_every and step_of(old) % milestone_every == 0):
+            _remove(old)
     return final
+
+
+def bytes_needed(parameters: int) -> int:
+    """What a checkpoint of so many parameters takes on the disk: weights, m and v in float32."""
+    return 12 * parameters + SLACK
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -105,6 +114,16 @@ def sweep(ckpt_dir: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in ckpt_dir.glob(".*.tmp-*"):
         leftover.unlink(missing_ok=True)
+
+
+def name_of(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def steps(ckpt_dir: Path) -> list[Path]:

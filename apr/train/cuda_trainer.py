@@ -44,6 +44,7 @@ class CudaTransformerTrainer(Trainer):
     """
 
     ahead = 1
+    step_seconds = 600.0
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
                  graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None,
@@ -129,6 +130,10 @@ class CudaTransformerTrainer(Trainer):
         """What the last step left in the buffers."""
         return CudaStepView(self.dev, self.arena, self.net, self._fitting)
 
+    def doing(self) -> str:
+        """The kernels and graphs that were launched last, newest last."""
+        return f"; launched last: {', '.join(self.dev.recent)}" if self.dev.recent else ""
+
     def record(self) -> dict[str, Any]:
         """The algorithms of the matrix products, what they are of, and the paths of ops that have several."""
         return {"gemm": self.gemm.record(), "path": self.path}
@@ -183,7 +188,7 @@ class CudaTransformerTrainer(Trainer):
         return np.concatenate(out)
 
     def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
-        """The sum of the losses; `grads` is the gradient of dloss times it, and nothing is updated. For comparisons."""
+        """The parts that are planned for, in turn; see Trainer.gradients."""
         for index, part in enumerate(self._fitting(batch)):
             self._train_pass(self._load(part, tap, None if index else np.array([dloss, 0.0])))
         return float(self.dev.download(self.arena["stats"])[0])

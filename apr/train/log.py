@@ -4,6 +4,8 @@
     step        step, train_loss, grad_norm, lr, tokens_per_sec, wall_ms, tokens_seen
     parity      step, layer, sequence, positions, worst, checks, gradient, ms: held against the reference
     eval        step, epoch, val_loss                 checkpoint, guard, resume, note
+    skip        step, batch, train_loss, grad_norm, tokens, skipped: not applied, passed over
+    rollback    step, from_step, where, expected, found, passed_over: back to a checkpoint, past the data since
     end         status, detail, initial_val_loss, final_val_loss, …
 
 Losses are nats per token. A resumed run cuts the file back to where its checkpoint stood, so no step is listed twice.
@@ -55,6 +57,11 @@ class RunLog:
             self.file.flush()
         for sink in self.sinks:
             sink(event)
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after the first `size` bytes. Raises StorageError."""
+        with os_errors(str(self.path)):
+            os.ftruncate(self.file.fileno(), size)
 
     def sync(self) -> int:
         """Make the file durable; returns its size."""

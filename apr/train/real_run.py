@@ -1,7 +1,9 @@
 """A run's work: steps on its corpus, validation, and what it keeps: checkpoints to resume from, a model an epoch."""
 
 import json
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,16 +11,18 @@ from typing import Any, Protocol
 import msgspec
 
 from apr.data.batch import LMBatch
-from apr.errors import FormatError, GateError
-from apr.files import os_errors, write_atomic
+from apr.errors import FormatError, GateError, StorageError
+from apr.files import os_errors, require_room, write_atomic
 from apr.train import checkpoint
-from apr.train.base import StartedStep, Trainer
+from apr.train.base import StartedStep, StepStats, Trainer
 from apr.train.corpus import Corpus
 from apr.train.init import InitRecord, save_epoch
 from apr.train.log import Event, RunLog
-from apr.train.pretrain import EpochArtifact, LoopState
+from apr.train.pretrain import EpochArtifact, LoopState, batch_of
 from apr.train.run_config import RunConfig
 from apr.train.snapshot import Snapshot
+
+RETRY_SECONDS = (1.0, 10.0)  # between tries to save what could not be saved
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,17 @@ class Watch(Protocol):
 
 
 class RealRun:
-    """StepFn, ValFn and CheckpointFn over a trainer and a corpus; `record` is of the model that the run began from.
+    """StepFn, ValFn and CheckpointFn over a trainer and a corpus, from `saved` on or from the start.
 
-    `watch` checks steps as they are made: one that fails ends the run before anything of it is saved.
+    `record` is of the model that the run began from; `watch` checks steps as they are made: one that fails ends the run
+    before anything of it is saved.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path, log: RunLog, passes: int,
-                 record: InitRecord | None = None, watch: Watch | None = None) -> None:
-        self.config, self.trainer, self.corpus, self.log, self.passes = config, trainer, corpus, log, passes
+    def __init__(self, config: RunConfig, trainer: Trainer, corpus: Corpus, run_dir: Path, log: RunLog,
+                 saved: SavedState | None = None, record: InitRecord | None = None, watch: Watch | None = None) -> None:
+        self.config, self.trainer, self.corpus, self.log = config, trainer, corpus, log
         self.ckpt_dir, self.record, self.watch = run_dir / "ckpt", record, watch
+        self.passes, self.passed_over = (saved.data.passes, saved.loop.passed_over) if saved else (1, [])
         self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
 
     def ahead(self, step: int) -> int:
@@ -87,16 +93,15 @@ class RealRun:
         return 0 if self.watch is not None and self.watch.due(step) else self.trainer.ahead
 
     def start(self, step: int, lr: float) -> StartedStep | None:
-        """Train on the rows of this step: a pure function of seed and step."""
+        """Train on the rows of this step: a pure function of seed, step and what rollbacks passed over."""
         t, stream = self.config.train, self.corpus.stream
-        rows = t.batch_size * t.accumulation_steps
-        last = (step + 1) * rows
+        last = (batch_of(step, self.passed_over) + 1) * t.batch_size * t.accumulation_steps
         if last > stream.rows_per_epoch and not self.config.allow_shard_cycle:
             return None
         if (passes := -(-last // stream.rows_per_epoch)) > self.passes:
             self.passes = passes
             self.log({"event": "note", "step": step, "text": f"pass {passes} over the data begins, in a new order"})
-        micro = [stream.batch(step * rows + a * t.batch_size, t.batch_size) for a in range(t.accumulation_steps)]
+        micro = self.micro(step)
         watch = self.watch if self.watch is not None and self.watch.due(step) else None
         if watch is not None:
             watch.before(self.trainer, step, micro)
@@ -105,6 +110,22 @@ class RealRun:
             started.result()
             self._check(watch, step, lr)
         return started
+
+    def micro(self, step: int) -> list[LMBatch]:
+        """The micro-batches of this step."""
+        t = self.config.train
+        first = batch_of(step, self.passed_over) * t.accumulation_steps
+        return [self.corpus.stream.batch((first + a) * t.batch_size, t.batch_size) for a in range(t.accumulation_steps)]
+
+    def again(self, step: int, lr: float) -> StepStats:
+        """Make a step that was made before; nobody watches, and nothing is logged."""
+        return self.trainer.start_batch(self.micro(step), lr).result()
+
+    def restore(self, found: checkpoint.Checkpoint, saved: SavedState) -> None:
+        """Put the trainer where it was at a checkpoint of this run."""
+        self.trainer.load_params(found.params)
+        self.trainer.load_optimizer(found.optimizer, saved.optimizer_step)
+        self.passes = saved.data.passes
 
     def _check(self, watch: Watch, step: int, lr: float) -> None:
         try:
@@ -126,20 +147,37 @@ class RealRun:
         return self._fetched.optimizer_state_sha256
 
     def save(self, artifact: EpochArtifact | None, state: LoopState) -> None:
-        """The checkpoint to resume from, and with an artifact the epoch's .apr and metadata; one copy on the host."""
+        """The checkpoint to resume from, and with an artifact the epoch's .apr and metadata; one copy on the host.
+
+        What fails is tried again after a while, for disks are full for minutes: but not the first, which shows whether
+        anything can be saved at all. Raises StorageError.
+        """
         fetched, self._fetched = self._fetched, None
         snapshot = fetched if fetched is not None and artifact is not None else self.trainer.snapshot()
-        model, tokenizer = self.trainer.model, self.corpus.tokenizer
+        for wait in RETRY_SECONDS if state.step else ():
+            try:
+                return self._save(snapshot, artifact, state)
+            except StorageError as e:
+                with suppress(StorageError):  # the log may be on that disk
+                    self.log({"event": "note", "step": state.step, "text": f"not saved: {e}; again in {wait:g} s"})
+                time.sleep(wait)
+        return self._save(snapshot, artifact, state)
+
+    def _save(self, snapshot: Snapshot, artifact: EpochArtifact | None, state: LoopState) -> None:
+        model, tokenizer, record = self.trainer.model, self.corpus.tokenizer, self.record
+        size = self.trainer.layout.size
+        require_room(self.ckpt_dir, checkpoint.bytes_needed(size) + (4 * size if artifact else 0), "a checkpoint")
         if artifact is not None:
             stem = self.ckpt_dir / f"epoch-{artifact.epoch:03d}"
             with os_errors(str(self.ckpt_dir)):
                 self.ckpt_dir.mkdir(exist_ok=True)
-            save_epoch(stem.with_suffix(".apr"), model, snapshot, self.config.weights, tokenizer, self.record)
+            save_epoch(stem.with_suffix(".apr"), model, snapshot, self.config.weights, tokenizer, record)
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
         saved = SavedState(state.step, self.trainer.step, state, self.log.sync(),
                            asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
                            snapshot.parameters_sha256, snapshot.optimizer_state_sha256, self.trainer.record())
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, model, snapshot.params, snapshot.optimizer,
                                     asdict(saved), tokenizer.json if tokenizer else None,
-                                    None if self.record is None else self.record.hf_config,
-                                    None if self.record is None else self.record.assets)
+                                    None if record is None else record.hf_config,
+                                    None if record is None else record.assets,
+                                    keep=self.config.keep, milestone_every=self.config.milestone_every)

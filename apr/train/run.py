@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import apr
 from apr.config import decode
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError, NotFoundError
-from apr.files import os_errors, write_atomic
+from apr.files import os_errors, require_room, write_atomic
 from apr.formats.source import ARCH_MATCH
 from apr.strict import read_json
 from apr.train import checkpoint
@@ -34,10 +34,12 @@ from apr.train.init import InitModel, InitRecord, open_init, read_record, record
 from apr.train.log import Notes, RunLog, Sink
 from apr.train.pretrain import PretrainLoop, checkpoint_event
 from apr.train.real_run import RealRun, SavedState, Watch, saved_state
+from apr.train.recovery import Recovery
 from apr.train.run_config import RunConfig
 from apr.train.signals import StopRequest
 from apr.train.snapshot import sha256_of
 from apr.train.synthetic import SyntheticRun
+from apr.train.watchdog import Watchdog
 
 
 class DirectoryLock:
@@ -105,6 +107,9 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink],
         init = open_init(Path(config.init))
     with init or nullcontext():
         corpus, trainer, record = _begin(config, device, notes, init)
+    if trainer is not None:
+        size = trainer.layout.size  # while one checkpoint is written, the others and an epoch's model are there
+        require_room(run_dir, (config.keep + 1) * checkpoint.bytes_needed(size) + 4 * size, "this run's checkpoints")
     ran = versions(device)
     if record is not None:
         ran.update(init=record.path, init_parameters_sha256=record.parameters_sha256)
@@ -187,17 +192,20 @@ def _machine(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: Trainer | None, corpus: Corpus | None,
           record: InitRecord | None, saved: SavedState | None, watch: Watch | None) -> dict[str, Any]:
+    recovery, seconds = None, 0.0
+    doing: Callable[[], str] = str
     if trainer is None or corpus is None:
         epochs = -(-config.train.max_steps // config.loop.steps_per_epoch)
         work: Any = SyntheticRun(config.loop.target_val_loss, epochs, config.train.tokens_per_step)
     else:
-        work = RealRun(config, trainer, corpus, run_dir, log, saved.data.passes if saved else 1, record,
-                       watch)
+        work = RealRun(config, trainer, corpus, run_dir, log, saved, record, watch)
+        recovery, doing, seconds = Recovery(work, log), trainer.doing, trainer.step_seconds
     fresh = config.init is None and not config.synthetic
-    with StopRequest() as stop:
+    limit = seconds if config.step_timeout is None else config.step_timeout
+    with StopRequest() as stop, Watchdog(limit, doing) as watchdog:
         return PretrainLoop(config.loop, config.train, config.model.V, fresh, work, work, work, log, lambda: stop.name,
                             saved.loop if saved else None, from_init=record is not None,
-                            force_init_loss=config.force_init_loss).run()
+                            force_init_loss=config.force_init_loss, recover_fn=recovery, watchdog=watchdog).run()
 
 
 def versions(device: str) -> dict[str, str]:

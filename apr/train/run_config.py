@@ -3,12 +3,14 @@
 Where a value comes from: a flag, else the --config file, else the mode's row, else the default written here.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from apr.config import TransformerConfig, TransformerTrainConfig, require
 from apr.errors import ConfigError
 from apr.params import parameter_count
+from apr.train.checkpoint import KEEP
 from apr.train.pretrain import LoopConfig
 
 # Upstream's two rows of hyper-parameters (INV-TRAIN-009): a row is taken whole, then flags override.
@@ -37,12 +39,18 @@ class RunConfig:
     force_init_loss: bool = False
     weights: str = "f32"  # type of the weights in each epoch's .apr; checkpoints hold the float32 master
     parity_every: int = 500  # steps from one that is held against the reference to the next, on a GPU; 0 for none
+    keep: int = KEEP  # newest checkpoints
+    milestone_every: int = 0  # steps between checkpoints that are kept for good; 0 for none
+    step_timeout: float | None = None  # seconds; None: GPU_SECONDS on a GPU, none on a CPU; 0: none
 
     def __post_init__(self) -> None:
         require("mode", self.mode, "one of " + ", ".join(MODES), self.mode in MODES)
         require("val_batches", self.val_batches, "at least 1", self.val_batches >= 1)
         require("weights", self.weights, "f32 or bf16", self.weights in ("f32", "bf16"))
-        require("parity_every", self.parity_every, "0 or more", self.parity_every >= 0)
+        for name, least in (("parity_every", 0), ("milestone_every", 0), ("keep", 1)):
+            require(name, getattr(self, name), f"{least} or more", getattr(self, name) >= least)
+        require("step_timeout", self.step_timeout, "0 or more, and finite",
+                self.step_timeout is None or 0 <= self.step_timeout < math.inf)
         if not self.synthetic and self.dataset is None:
             raise ConfigError("dataset", "--dataset, --demo or --synthetic (INV-TRAIN-010)", "none of them",
                               "say what to train on")

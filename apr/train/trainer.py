@@ -16,6 +16,7 @@ from apr.params import init_params
 from apr.reference.adamw import adamw_update
 from apr.reference.global_norm import clip_factor, global_norm
 from apr.reference.model import loss_and_gradients, loss_sum, model_forward
+from apr.taps import Tap
 from apr.train.base import Numbers, Trainer
 from apr.train.slices import SliceRunner, add_in_order, cut, ranges
 
@@ -85,6 +86,12 @@ class TransformerTrainer(Trainer):
         losses = self.runner.map(run, range(len(slices)))
         add_in_order(self.grads_buf, self._slice_bufs[:len(slices)], self.runner)
         return sum(losses)
+
+    def gradients(self, batch: LMBatch, dloss: float, tap: Tap | None = None) -> float:
+        """Slice by slice, as a step cuts them, in turn."""
+        self.grads_buf.fill(0.0)
+        return sum(loss_and_gradients(self._params, self.grads, self.model, part.inputs, part.targets, dloss, tap)
+                   for part in cut(batch))
 
     def _update(self, lr: float, norm: float) -> None:
         c, split = self.config, self.layout.decay_end

@@ -81,7 +81,7 @@ def test_every_step_has_the_next_rows(config, tmp_path, cycle):
     config, notes, witness = dataclasses.replace(config, allow_shard_cycle=cycle), [], Witness()
     corpus = opened(config)
     assert corpus.stream.rows_per_epoch == 120
-    work = RealRun(config, witness, corpus, tmp_path, notes.append, 1)
+    work = RealRun(config, witness, corpus, tmp_path, notes.append)
     for step in range(15):
         assert work.start(step, 0.5) == "the step" and work.ahead(step) == 0
     given = [b for micro, lr in witness.seen for b in micro if lr == 0.5]
@@ -96,7 +96,7 @@ def test_steps_overlap_where_the_trainer_lets_them_and_nobody_checks_them(config
     watch = SimpleNamespace(due=lambda step: step % 4 == 0)
     for ahead, given, expected in ((0, None, []), (1, None, [0, 1, 2, 3, 4]), (1, watch, [1, 2, 3])):
         witness.ahead = ahead
-        work = RealRun(config, witness, corpus, tmp_path, [].append, 1, watch=given)
+        work = RealRun(config, witness, corpus, tmp_path, [].append, watch=given)
         assert [step for step in range(5) if work.ahead(step) == 1] == expected
 
 
