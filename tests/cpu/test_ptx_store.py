@@ -12,12 +12,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
 from small_kernels import BAKED, SOURCE, SPEC, small_cache, use_fake_compiler, write_kernels
 
-from apr.ptx_store import MAX_BYTES, SUFFIX, Entry, decode, file_name
+from apr.ptx_store import MAX_BYTES, SUFFIX, Entry, PtxStore, decode, file_name
 
 TESTS = Path(__file__).parents[1]
 OTHER_EPS = BAKED | {"EPS": 1e-5}
@@ -62,37 +63,56 @@ def test_a_second_process_finds_what_the_first_made(make, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_F1_sixteen_processes_cold_on_one_cache(tmp_path):
-    write_kernels(tmp_path / "kernels")
-    code = textwrap.dedent("""
-        import os, sys
-        from pathlib import Path
-        from small_kernels import *
-        import apr.ptx_cache
-        apr.ptx_cache.compile_text, apr.ptx_cache.toolchain = fake_compile, fake_toolchain
-        folder = Path(sys.argv[1])
-        os.umask(0)  # nobody but us may write what is made all the same
-        cache = small_cache(folder / "new" / "cache", folder / "kernels")
-        print(flush=True)
-        sys.stdin.readline()  # all start at once
-        made = cache.warm([(SPEC, BAKED | {"N": n}) for n in range(20)])
-        print(hash(tuple(e.image for e in made)), cache.counts.rejected, len(cache.counts.warnings))
+COLD = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from small_kernels import *
+    import apr.ptx_cache
+    apr.ptx_cache.compile_text, apr.ptx_cache.toolchain = fake_compile, fake_toolchain
+    folder = Path(sys.argv[1])
+    os.umask(0)  # nobody but us may write what is made all the same
+    cache = small_cache(folder / "new" / "cache", folder / "kernels")
+    print(flush=True)
+    sys.stdin.readline()  # all start at once
+    made = cache.warm([(SPEC, BAKED | {"N": n}) for n in range(20)])
+    print(hash(tuple(e.image for e in made)), cache.counts.rejected, len(cache.counts.warnings))
     """)
-    command = [sys.executable, "-c", code, str(tmp_path)]
+
+
+def processes_cold_on_one_cache(tmp_path, count, meanwhile=lambda: None):
+    """So many processes that start at once with 20 kernels, `meanwhile` again and again until all have ended."""
+    write_kernels(tmp_path / "kernels")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent))), "PYTHONHASHSEED": "0"}
-    running = [subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True) for _ in range(16)]
+    running = [subprocess.Popen([sys.executable, "-c", COLD, str(tmp_path)], env=env, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(count)]
     for process in running:
         process.stdout.readline()
     for process in running:
         process.stdin.write("\n")
         process.stdin.flush()
+    while any(process.poll() is None for process in running):
+        meanwhile()
     ends = [process.communicate(timeout=60) for process in running]
-    assert [process.returncode for process in running] == [0] * 16 and [e for _, e in ends] == [""] * 16
+    assert [process.returncode for process in running] == [0] * count and [e for _, e in ends] == [""] * count
     assert len({out for out, _ in ends}) == 1 and ends[0][0].split()[1:] == ["0", "0"]
     found = files(tmp_path / "new" / "cache")
-    assert len(found) == 20 and all(p.name.endswith(SUFFIX) and isinstance(decode(p.read_bytes()), Entry)
-                                    for p in found)
+    assert all(p.name.endswith(SUFFIX) and isinstance(decode(p.read_bytes()), Entry) for p in found)
+    return len(found)
+
+
+def test_F1_sixteen_processes_cold_on_one_cache(tmp_path):
+    assert processes_cold_on_one_cache(tmp_path, 16, lambda: time.sleep(0.01)) == 20
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(64, marks=pytest.mark.long)])
+def test_F1_processes_cold_on_one_cache_that_another_empties(tmp_path, count):
+    said, removed = [], [0, 0]
+    store = PtxStore(tmp_path / "new" / "cache", said.append, lambda: None)
+
+    def empty():
+        removed[0] += len([store.discard(e.key) for _, e in store.entries() if isinstance(e, Entry)])
+        removed[1] += store.sweep(60)
+    assert processes_cold_on_one_cache(tmp_path, count, empty) <= 20 and removed[0] > 20 and not said
 
 
 def test_F1_threads_of_one_process(make):

@@ -14,6 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tests import harness by name
 
+from fault_rows import rows_of  # noqa: E402
 from harness import Arrays  # noqa: E402
 from mutant_runs import started  # noqa: E402
 from receipt import Recorder  # noqa: E402
@@ -38,7 +39,7 @@ def pytest_configure(config):
     strict = config.getoption("--require-gpu", default=False)
     if strict and PROBLEMS:
         pytest.exit(f"--require-gpu: {'; '.join(PROBLEMS)}", returncode=1)
-    recorder = Recorder(config.getoption("--receipt", default=None), facts, complete, strict)
+    recorder = Recorder(config.getoption("--receipt", default=None), facts, complete, strict, rows_of=rows_of)
     config.pluginmanager.register(recorder, "gpu receipt")
 
 

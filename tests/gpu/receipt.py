@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECEIPT = Path("docs/evidence/gpu-tests.json")
 TESTED = ("kernels/*", "apr/**/*.py", "apr/gemm_tables/*.json", "tests/gpu/*.py")
 FACTS = ("device", "driver", "cuda", "cupy", "python")
-KEYS = (*FACTS, "passed", "failed", "skipped", "seconds", "date", "digest")
+KEYS = (*FACTS, "passed", "failed", "skipped", "seconds", "date", "digest", "rows")
 
 
 def digest(root: Path) -> str:
@@ -32,10 +32,13 @@ def digest(root: Path) -> str:
     return total.hexdigest()
 
 
-def write(path: Path, facts: dict[str, str], passed: int, seconds: float, tested: str) -> None:
-    """The receipt of a run in which everything passed; `tested` is the digest taken before it."""
+def write(path: Path, facts: dict[str, str], passed: int, seconds: float, tested: str, rows: dict[str, int]) -> None:
+    """The receipt of a run in which everything passed; `tested` is the digest taken before it.
+
+    `rows`: how many tests passed of each row of the catalogue of faults.
+    """
     record = {**facts, "passed": passed, "failed": 0, "skipped": 0, "seconds": round(seconds, 1),
-              "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "digest": tested}
+              "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "digest": tested, "rows": rows}
     assert tuple(record) == KEYS
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -62,12 +65,13 @@ class Recorder:
     """A pytest plugin: counts outcomes, writes the receipt of a full and clean run.
 
     `complete`: whether a session's items are all there are; `facts`: what is recorded of the machine; `strict`: a
-    skipped test is a failure.
+    skipped test is a failure; `rows_of`: the rows of the catalogue of faults that a test is of.
     """
 
     def __init__(self, path: Path | None, facts: Callable[[], dict[str, str]], complete: Callable[[object], bool],
-                 strict: bool, root: Path = ROOT) -> None:
+                 strict: bool, root: Path = ROOT, rows_of: Callable[[str], list[str]] = lambda test: []) -> None:
         self.path, self.facts, self.complete, self.strict = path, facts, complete, strict
+        self.rows_of, self.rows = rows_of, dict[str, int]()
         self.passed = self.failed = self.skipped = self.deselected = 0
         self.start, self.tested, self.said = time.monotonic(), digest(root), ""
 
@@ -76,6 +80,8 @@ class Recorder:
         self.failed += report.failed
         self.skipped += report.skipped
         self.passed += report.passed and report.when == "call"
+        for row in self.rows_of(report.nodeid) if report.passed and report.when == "call" else ():
+            self.rows[row] = self.rows.get(row, 0) + 1
 
     def pytest_deselected(self, items) -> None:
         """Count what -k or -m left out."""
@@ -90,7 +96,7 @@ class Recorder:
             return
         clean = exitstatus == 0 and self.passed > 0 and not (self.failed or self.skipped or self.deselected)
         if clean and self.complete(session):
-            write(self.path, self.facts(), self.passed, time.monotonic() - self.start, self.tested)
+            write(self.path, self.facts(), self.passed, time.monotonic() - self.start, self.tested, self.rows)
             self.said = f"receipt written: {self.path}"
         else:
             self.said += ("; " if self.said else "") + "no receipt: not a full run in which everything passed"
