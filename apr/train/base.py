@@ -61,6 +61,7 @@ class Trainer(ABC):
     """
 
     ahead = 0
+    copies = False  # whether `snapshot` gives copies, which no later step changes
     step_seconds = 0.0  # that a step may take before it counts as hung, unless a run says otherwise; 0: any time
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig) -> None:

@@ -43,8 +43,7 @@ class CudaTransformerTrainer(Trainer):
     for a model that the kernels do not cover.
     """
 
-    ahead = 1
-    step_seconds = 600.0
+    ahead, copies, step_seconds = 1, True, 600.0
 
     def __init__(self, model: TransformerConfig, config: TransformerTrainConfig, device: Device | None = None, *,
                  graphs: bool = True, poison: bool = False, chosen: Mapping[str, Any] | None = None,

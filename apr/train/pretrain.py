@@ -53,7 +53,10 @@ class CheckpointFn(Protocol):
     """Keeps the model and the state of the run."""
 
     def save(self, artifact: EpochArtifact | None, state: "LoopState") -> None:
-        """Save a resumable checkpoint, and the epoch's artifact if one is finished."""
+        """Save a resumable checkpoint, and the epoch's artifact if one is finished; perhaps beside what follows."""
+
+    def finish(self) -> None:
+        """Wait until what was saved is safe. Raises StorageError when it could not be saved."""
 
     def optimizer_state_sha256(self) -> str | None:
         """The hash of the real optimizer state, None where there is none (synthetic)."""
@@ -171,6 +174,7 @@ class PretrainLoop:
             ended = self._decision(exhausted=False)  # a finished run that is resumed is finished
             while ended is None:
                 ended = self._recovering_epoch()
+            self.checkpoint_fn.finish()
             return self._end(*ended)
         except GateError as e:
             self.flight.abandon()
@@ -203,6 +207,7 @@ class PretrainLoop:
             return self._epoch()
         except Tripped as e:
             self.flight.abandon()
+            self.checkpoint_fn.finish()
             if self.recover_fn is None:
                 raise
             self.state = self.recover_fn.recover(e, self.saved_at, self.made)
@@ -232,6 +237,7 @@ class PretrainLoop:
         if (name := self.stop_requested()) is not None:
             if save:
                 self._save(None)
+            self.checkpoint_fn.finish()
             raise Stopped(f"step {self.state.step}", "the run to go on", name, "continue with --resume")
 
     def _step(self, end: int) -> bool:

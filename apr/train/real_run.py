@@ -1,17 +1,17 @@
 """A run's work: steps on its corpus, validation, and what it keeps: checkpoints to resume from, a model an epoch."""
 
 import json
-import time
 from collections.abc import Sequence
-from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
 from apr.data.batch import LMBatch
-from apr.errors import FormatError, GateError, StorageError
+from apr.errors import FormatError, GateError
 from apr.files import os_errors, require_room, write_atomic
 from apr.train import checkpoint
 from apr.train.base import StartedStep, StepStats, Trainer
@@ -20,9 +20,8 @@ from apr.train.init import InitRecord, save_epoch
 from apr.train.log import Event, RunLog
 from apr.train.pretrain import EpochArtifact, LoopState, batch_of
 from apr.train.run_config import RunConfig
+from apr.train.saver import Saver
 from apr.train.snapshot import Snapshot
-
-RETRY_SECONDS = (1.0, 10.0)  # between tries to save what could not be saved
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,8 @@ class RealRun:
         self.config, self.trainer, self.corpus, self.log = config, trainer, corpus, log
         self.ckpt_dir, self.record, self.watch = run_dir / "ckpt", record, watch
         self.passes, self.passed_over = (saved.data.passes, saved.loop.passed_over) if saved else (1, [])
+        self.saver = Saver(lambda text: log({"event": "note", "step": self.step, "text": text}))
+        self.step = 0  # that was started last
         self._fetched: Snapshot | None = None  # between the hash of an epoch and its saving
 
     def ahead(self, step: int) -> int:
@@ -94,6 +95,8 @@ class RealRun:
 
     def start(self, step: int, lr: float) -> StartedStep | None:
         """Train on the rows of this step: a pure function of seed, step and what rollbacks passed over."""
+        self.step = step
+        self.saver.tell()
         t, stream = self.config.train, self.corpus.stream
         last = (batch_of(step, self.passed_over) + 1) * t.batch_size * t.accumulation_steps
         if last > stream.rows_per_epoch and not self.config.allow_shard_cycle:
@@ -149,21 +152,22 @@ class RealRun:
     def save(self, artifact: EpochArtifact | None, state: LoopState) -> None:
         """The checkpoint to resume from, and with an artifact the epoch's .apr and metadata; one copy on the host.
 
-        What fails is tried again after a while, for disks are full for minutes: but not the first, which shows whether
-        anything can be saved at all. Raises StorageError.
+        Written beside the steps that follow where the trainer's arrays are copies. The first is not, nor tried again:
+        it shows whether anything can be saved at all. Raises StorageError, of the save before too.
         """
+        self.saver.finish()
         fetched, self._fetched = self._fetched, None
         snapshot = fetched if fetched is not None and artifact is not None else self.trainer.snapshot()
-        for wait in RETRY_SECONDS if state.step else ():
-            try:
-                return self._save(snapshot, artifact, state)
-            except StorageError as e:
-                with suppress(StorageError):  # the log may be on that disk
-                    self.log({"event": "note", "step": state.step, "text": f"not saved: {e}; again in {wait:g} s"})
-                time.sleep(wait)
-        return self._save(snapshot, artifact, state)
+        record, cursor, size = self.trainer.record(), DataCursor(self.corpus.fingerprint, self.passes), self.log.sync()
+        self.saver.save(partial(self._save, snapshot, artifact, deepcopy(state), record, cursor, size),
+                        beside=self.trainer.copies and state.step > 0, again=state.step > 0)
 
-    def _save(self, snapshot: Snapshot, artifact: EpochArtifact | None, state: LoopState) -> None:
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk. Raises StorageError."""
+        self.saver.finish()
+
+    def _save(self, snapshot: Snapshot, artifact: EpochArtifact | None, state: LoopState, kept: dict[str, Any],
+              cursor: DataCursor, log_bytes: int) -> None:
         model, tokenizer, record = self.trainer.model, self.corpus.tokenizer, self.record
         size = self.trainer.layout.size
         require_room(self.ckpt_dir, checkpoint.bytes_needed(size) + (4 * size if artifact else 0), "a checkpoint")
@@ -173,9 +177,8 @@ class RealRun:
                 self.ckpt_dir.mkdir(exist_ok=True)
             save_epoch(stem.with_suffix(".apr"), model, snapshot, self.config.weights, tokenizer, record)
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
-        saved = SavedState(state.step, self.trainer.step, state, self.log.sync(),
-                           asdict(artifact) if artifact else None, DataCursor(self.corpus.fingerprint, self.passes),
-                           snapshot.parameters_sha256, snapshot.optimizer_state_sha256, self.trainer.record())
+        saved = SavedState(state.step, snapshot.step, state, log_bytes, asdict(artifact) if artifact else None, cursor,
+                           snapshot.parameters_sha256, snapshot.optimizer_state_sha256, kept)
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, model, snapshot.params, snapshot.optimizer,
                                     asdict(saved), tokenizer.json if tokenizer else None,
                                     None if record is None else record.hf_config,

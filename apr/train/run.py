@@ -13,7 +13,7 @@ import os
 import platform
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -194,15 +194,16 @@ def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: Trainer | None
           record: InitRecord | None, saved: SavedState | None, watch: Watch | None) -> dict[str, Any]:
     recovery, seconds = None, 0.0
     doing: Callable[[], str] = str
+    saver: AbstractContextManager[Any] = nullcontext()
     if trainer is None or corpus is None:
         epochs = -(-config.train.max_steps // config.loop.steps_per_epoch)
         work: Any = SyntheticRun(config.loop.target_val_loss, epochs, config.train.tokens_per_step)
     else:
         work = RealRun(config, trainer, corpus, run_dir, log, saved, record, watch)
-        recovery, doing, seconds = Recovery(work, log), trainer.doing, trainer.step_seconds
+        recovery, saver, doing, seconds = Recovery(work, log), work.saver, trainer.doing, trainer.step_seconds
     fresh = config.init is None and not config.synthetic
     limit = seconds if config.step_timeout is None else config.step_timeout
-    with StopRequest() as stop, Watchdog(limit, doing) as watchdog:
+    with StopRequest() as stop, Watchdog(limit, doing) as watchdog, saver:
         return PretrainLoop(config.loop, config.train, config.model.V, fresh, work, work, work, log, lambda: stop.name,
                             saved.loop if saved else None, from_init=record is not None,
                             force_init_loss=config.force_init_loss, recover_fn=recovery, watchdog=watchdog).run()

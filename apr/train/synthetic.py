@@ -31,5 +31,8 @@ class SyntheticRun:
     def save(self, artifact: EpochArtifact | None, state: LoopState) -> None:
         """Nothing to keep."""
 
+    def finish(self) -> None:
+        """Nothing to wait for."""
+
     def optimizer_state_sha256(self) -> None:
         """There is no optimizer."""

@@ -38,6 +38,9 @@ class Script:
     def save(self, artifact, state):
         self.saved.append((artifact, state.step))
 
+    def finish(self):
+        self.finished = self.saved[-1][1] if self.saved else None
+
     def optimizer_state_sha256(self):
         return "0" * 64
 

@@ -9,7 +9,7 @@ from test_checkpoint import save, trained
 from test_run import arguments, stop_at
 
 import apr.files
-import apr.train.real_run
+import apr.train.saver
 from apr.cli.main import main
 from apr.cli.pretrain import build_config
 from apr.errors import Stopped, StorageError
@@ -81,7 +81,7 @@ def test_A4_a_disk_that_is_full_for_a_while_costs_only_time(folder, tmp_path, mo
     """At step 8 there is no room, and then there is."""
     waits, seen = [], []
     room_of(monkeypatch, lambda: 0 if (tmp_path / "run/ckpt/step-00000000").exists() and not waits else 2**40)
-    monkeypatch.setattr(apr.train.real_run.time, "sleep", waits.append)
+    monkeypatch.setattr(apr.train.saver.time, "sleep", waits.append)
     assert pretrain(build_config(arguments(folder)), tmp_path / "run", "cpu", [seen.append])["status"] == "OK"
     note, = [e["text"] for e in seen if e["event"] == "note" and "not saved" in e["text"]]
     assert waits == [1.0] and "GiB free for a checkpoint" in note and "again in 1 s" in note
@@ -89,11 +89,11 @@ def test_A4_a_disk_that_is_full_for_a_while_costs_only_time(folder, tmp_path, mo
 
 def test_A4_a_disk_that_stays_full_ends_the_run_and_resuming_loses_no_bit(folder, tmp_path, monkeypatch):
     waits, run_dir, config = [], tmp_path / "run", build_config(arguments(folder))
-    monkeypatch.setattr(apr.train.real_run.time, "sleep", waits.append)
+    monkeypatch.setattr(apr.train.saver.time, "sleep", waits.append)
     room_of(monkeypatch, lambda: 0 if (run_dir / "ckpt/step-00000008").exists() else 2**40)
     with pytest.raises(StorageError, match="for a checkpoint"):
         pretrain(config, run_dir, "cpu", [])
-    assert waits == list(apr.train.real_run.RETRY_SECONDS)
+    assert waits == list(apr.train.saver.RETRY_SECONDS)
     assert checkpoint.latest(run_dir / "ckpt", print).state["step"] == 8
     monkeypatch.undo()
     resume(read_run(run_dir), run_dir, "cpu", [], print)

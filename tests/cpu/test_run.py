@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from models import YAML
 
-import apr.train.real_run
+import apr.train.saver
 import apr.train.trainer
 from apr.cli.main import build
 from apr.cli.pretrain import build_config
@@ -200,7 +200,7 @@ def test_a_failed_save_is_exit_7_and_keeps_the_checkpoint_before(folder, tmp_pat
         real(path, arrays)
 
     monkeypatch.setattr(checkpoint, "_write_arrays", fail_later)
-    monkeypatch.setattr(apr.train.real_run, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(apr.train.saver, "RETRY_SECONDS", (0.01,))
     with pytest.raises(StorageError, match="No space left"):
         pretrain(build_config(arguments(folder)), run_dir, "cpu", [])
     monkeypatch.undo()
