@@ -100,12 +100,19 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def write_durable(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it; the name is not yet durable (fsync_dir) and the write not atomic."""
+def write_durable(path: Path, *parts: bytes | memoryview) -> str:
+    """Write a new file and fsync it; the name is not yet durable (fsync_dir) and the write not atomic.
+
+    Returns the SHA-256 of what was to be written, which a disk that wrote something else cannot match.
+    """
+    digest = hashlib.sha256()
     with os_errors(str(path)), open(path, "wb") as f:
-        f.write(data)
+        for part in parts:
+            f.write(part)
+            digest.update(part)
         f.flush()
         os.fsync(f.fileno())
+    return digest.hexdigest()
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:

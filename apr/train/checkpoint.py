@@ -60,18 +60,19 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
     """
     final = ckpt_dir / name_of(step)
     temporary = ckpt_dir / f"{final.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}"
+    values = to_hf(config) if hf_config is None else with_dtype(dict(hf_config), "F32")
+    texts = {"config.json": json.dumps(values, indent=1),
+             **({} if tokenizer_json is None else {TOKENIZER: tokenizer_json}), **(assets or {}),
+             "state.json": json.dumps(state, indent=1, allow_nan=False)}
     try:
         with os_errors(str(final)):
             temporary.mkdir(parents=True)
-            values = to_hf(config) if hf_config is None else with_dtype(dict(hf_config), "F32")
-            write_durable(temporary / "config.json", json.dumps(values, indent=1).encode())
-            for name, text in {**({} if tokenizer_json is None else {TOKENIZER: tokenizer_json}),
-                               **(assets or {})}.items():
-                write_durable(temporary / name, text.encode())
-            _write_arrays(temporary / "model.safetensors", params)
-            _write_arrays(temporary / "optimizer.safetensors", optimizer)
-            write_durable(temporary / "state.json", json.dumps(state, indent=1, allow_nan=False).encode())
-            files = {p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(temporary.iterdir())}
+            digests = {name: write_durable(temporary / name, text.encode()) for name, text in texts.items()}
+            for name, arrays in (("model.safetensors", params), ("optimizer.safetensors", optimizer)):
+                digests[name] = write_durable(temporary / name, encode_header(arrays, {"format": "pt"}),
+                                              *map(raw_bytes, arrays.values()))
+            files = {name: {"size": (temporary / name).stat().st_size, "sha256": digest}
+                     for name, digest in sorted(digests.items())}
             manifest = {"format": FORMAT, "version": 1, "step": step, "files": files}
             write_durable(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
             fsync_dir(temporary)
@@ -91,15 +92,6 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
 def bytes_needed(parameters: int) -> int:
     """What a checkpoint of so many parameters takes on the disk: weights, m and v in float32."""
     return 12 * parameters + SLACK
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with open(path, "wb") as f:
-        f.write(encode_header(arrays, {"format": "pt"}))
-        for array in arrays.values():
-            f.write(raw_bytes(array))
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def _remove(folder: Path) -> None:

@@ -192,14 +192,14 @@ def test_a_second_signal_ends_at_once(folder, tmp_path):
 
 
 def test_a_failed_save_is_exit_7_and_keeps_the_checkpoint_before(folder, tmp_path, monkeypatch):
-    run_dir, real = tmp_path / "run", checkpoint._write_arrays
+    run_dir, real = tmp_path / "run", checkpoint.write_durable
 
-    def fail_later(path, arrays):
-        if "step-00000016" in str(path):
+    def fail_later(path, *parts):
+        if "step-00000016" in str(path) and path.name == "model.safetensors":
             raise OSError(28, "No space left on device")
-        real(path, arrays)
+        return real(path, *parts)
 
-    monkeypatch.setattr(checkpoint, "_write_arrays", fail_later)
+    monkeypatch.setattr(checkpoint, "write_durable", fail_later)
     monkeypatch.setattr(apr.train.saver, "RETRY_SECONDS", (0.01,))
     with pytest.raises(StorageError, match="No space left"):
         pretrain(build_config(arguments(folder)), run_dir, "cpu", [])
