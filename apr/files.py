@@ -58,6 +58,19 @@ def open_regular(path: Path) -> tuple[BinaryIO, int]:
     return os.fdopen(fd, "rb"), info.st_size
 
 
+def open_appending(path: Path) -> BinaryIO:
+    """A regular file to read and to append to, made if missing; what others may have put there is no link to follow.
+
+    Raises StorageError, and FormatError when it is no regular file.
+    """
+    with os_errors(str(path)):
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FormatError(str(path), "a regular file", "another kind", "remove it")
+    return os.fdopen(fd, "a+b")
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """The contents of a regular file of at most `limit` bytes.
 

@@ -7,11 +7,12 @@ that is silently ignored is a wrong result waiting to happen.
 import atexit
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from apr.errors import ConfigError, NotFoundError, did_you_mean
+from apr.errors import ConfigError, NotFoundError, did_you_mean, one_line
 
 ENVIRONMENT = {
     "APR_CACHE_DIR": "folder of the kernel cache",
@@ -20,19 +21,44 @@ ENVIRONMENT = {
     "APR_SYNC": "1: wait after every kernel launch, so that a fault names its kernel",
     "APR_TRACEBACK": "1: print the whole traceback of an internal error",
 }
+SKIP_GATE = "SKIP_PARITY_GATE"  # upstream's name
+SWITCHES = ("APR_SYNC", "APR_TRACEBACK", SKIP_GATE)  # which take 0, 1 or nothing
+OVERRIDES = ("APR_GENERAL", "APR_SYNC", SKIP_GATE)  # which change what is computed or checked, and are recorded
 
 
 def environment() -> dict[str, str]:
     """The `APR_*` variables that are set.
 
-    Raises ConfigError for a name that is not in ENVIRONMENT.
+    Raises ConfigError for a name that is not in ENVIRONMENT, and for a switch that is neither on nor off.
     """
     found = {k: v for k, v in os.environ.items() if k.startswith("APR_")}
     for name in found:
         if name not in ENVIRONMENT:
             raise ConfigError(f"environment variable {name}", "a variable that apr knows", "an unknown name",
                               did_you_mean(name, ENVIRONMENT))
+    for name in SWITCHES:
+        if os.environ.get(name, "") not in ("", "0", "1"):
+            raise ConfigError(f"environment variable {name}", "0 or 1", repr(os.environ[name]), "correct it")
     return found
+
+
+def overrides() -> dict[str, str]:
+    """The variables that are set and change what is computed or checked: they belong beside every result."""
+    environment()
+    return {name: os.environ[name] for name in OVERRIDES
+            if os.environ.get(name, "") not in (("", "0") if name in SWITCHES else ("",))}
+
+
+def override_record() -> dict[str, dict[str, str]]:
+    """`overrides` as a record of a result keeps them: {"overrides": ...}, or nothing where none is active."""
+    active = overrides()
+    return {"overrides": active} if active else {}
+
+
+def say_overrides(say: Callable[[str], None]) -> None:
+    """The banner of a command that computes: a line for each active override."""
+    for name, value in overrides().items():
+        say(one_line(f"override: {name}={value}"))
 
 
 def _outside_folder(name: str) -> Path:
@@ -88,19 +114,20 @@ def prepare_cupy_cache() -> str:
 
 
 def _private(folder: Path) -> bool:
-    """Whether `folder` is there, or can be made, as ours alone to write."""
+    """Whether `folder`, and the one above, in which it could be replaced, are or can be made ours alone to write."""
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        info = folder.lstat()
+        infos = [folder.parent.lstat(), folder.lstat()]
     except OSError:
         return False
-    return info.st_uid == os.geteuid() and info.st_mode & 0o022 == 0 and os.access(folder, os.W_OK | os.X_OK)
+    ours = all(stat.S_ISDIR(i.st_mode) and i.st_uid == os.geteuid() and i.st_mode & 0o022 == 0 for i in infos)
+    return ours and os.access(folder, os.W_OK | os.X_OK)
 
 
 def skip_parity_gate() -> bool:
-    """Whether SKIP_PARITY_GATE=1 (upstream's name) asks for no check of the GPU at the start of `apr run`."""
-    return os.environ.get("SKIP_PARITY_GATE") == "1"
+    """Whether SKIP_PARITY_GATE=1 asks for no check of the GPU at the start of `apr run`."""
+    return SKIP_GATE in overrides()
 
 
 def cuda_visible_devices() -> str | None:
@@ -111,7 +138,8 @@ def cuda_visible_devices() -> str | None:
 def gpu_environment() -> dict[str, str]:
     """The variables that are set and change what apr, CuPy or the driver do; unknown APR_* too."""
     return {k: v for k, v in sorted(os.environ.items())
-            if k.startswith(("APR_", "CUPY_")) or k in ("CUDA_VISIBLE_DEVICES", "CUDA_PATH", "LD_LIBRARY_PATH")}
+            if k.startswith(("APR_", "CUPY_"))
+            or k in (SKIP_GATE, "CUDA_VISIBLE_DEVICES", "CUDA_PATH", "LD_LIBRARY_PATH")}
 
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:

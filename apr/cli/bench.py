@@ -9,7 +9,7 @@ from typing import Any
 from apr.buffers import STORAGE, plan
 from apr.config import require
 from apr.errors import ConfigError, did_you_mean
-from apr.paths import environment
+from apr.paths import environment, override_record, say_overrides
 from apr.presets import preset
 from apr.tools.bench import OPS, Row, measure_decode, measure_ops, measure_step
 from apr.tools.device import choose_device
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print. Raises ConfigError, then UnavailableError without a GPU, before anything else."""
     measured = prepared(args)
     for row in measured:
-        print(json.dumps(row) if args.json else "\n".join(lines(row)), flush=True)
+        print(json.dumps({**row, **override_record()}) if args.json else "\n".join(lines(row)), flush=True)
     return 0
 
 
@@ -68,6 +68,7 @@ def prepared(args: argparse.Namespace) -> Iterator[Row]:
     if word == "cpu":
         raise ConfigError("--device cpu", "a GPU to measure", "the CPU", "'make bench' measures training on the CPU")
     dev = TimedDevice(choose_device("cuda" if word == "auto" else word).ordinal, warn=say)
+    say_overrides(say)
     say(f"{dev.name}: {args.preset}, batch {batch}, {args.precision}")
     if args.what == "step":
         return measure_step(dev, model, batch, length, args.precision, rounds, steps, say)

@@ -45,7 +45,7 @@ def _row(name: str, text: str) -> str:
 def _lines(report: Report) -> Iterator[str]:
     yield _row("python", report["python"])
     yield _row("apr", report["apr"] + ("" if report["packages"] else ", not installed as a package: nothing to check"))
-    for p in report["packages"]:
+    for p in (*report["packages"], *report["optional"]):
         yield _row("package", f"{p['name']} {p['version'] or 'missing'}, wants {p['wants'] or 'any'}"
                               + ("" if p["ok"] else "  <- NOT MET"))
     yield _row("cupy", ", ".join(f"{name} {version}" for name, version in report["cupy"].items()) or "none")

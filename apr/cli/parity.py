@@ -19,6 +19,7 @@ from apr.infer.cpu_engine import CpuEngine, load_params
 from apr.infer.cuda_engine import BATCHES, CudaEngine
 from apr.infer.engine import Engine
 from apr.infer.prompt import Prompter, open_prompter
+from apr.paths import override_record, say_overrides
 from apr.strict import plain
 from apr.tools.config_diff import PARAMS, check_shapes
 from apr.tools.device import Choice, choose_device
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print, and return 0; a failed comparison is raised as GateError, one of nothing as MeasureError."""
     _check(args)
     choice = _choose(args)
+    say_overrides(_say)
     with open_model(args.model) as source:
         if args.against is not None:
             with open_model(args.against) as other:
@@ -132,7 +134,7 @@ def position_line(p: Position) -> dict[str, Any]:
 def _print_json(report: Report) -> None:
     for p in report.positions:
         print(json.dumps(position_line(p)))
-    print(json.dumps({"summary": plain(report.summary())}), flush=True)
+    print(json.dumps({"summary": plain({**report.summary(), **override_record()})}), flush=True)
 
 
 def _print_table(report: Report) -> None:

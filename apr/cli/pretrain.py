@@ -13,6 +13,7 @@ from apr.cli.progress import Display, print_json
 from apr.cli.showcase import print_curve, print_sample
 from apr.config import TransformerConfig, TransformerTrainConfig, decode
 from apr.errors import ConfigError
+from apr.paths import say_overrides
 from apr.presets import PRESETS, preset
 from apr.tools.device import choose_device
 from apr.tools.live_gate import LiveGate
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or resume. Returns 0 when the run came to its end, early or not."""
     chosen = choose_device(args.device)
     device = chosen.text
+    say_overrides(lambda line: print(line, file=sys.stderr))
     with Display(sys.stderr) as display:
         sinks: list[Callable[[dict[str, Any]], None]] = [display]
         if args.json:

@@ -16,6 +16,7 @@ from apr.formats.source import ModelSource
 from apr.infer.cpu_engine import CpuEngine, load_params
 from apr.infer.cuda_engine import CudaEngine
 from apr.infer.engine import Engine
+from apr.paths import say_overrides
 from apr.strict import plain
 from apr.tools.config_diff import PARAMS, check_shapes
 from apr.tools.device import Choice, choose_device
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the gates, print the report, return 0; a failed gate is raised as GateError, too few as MeasureError."""
     _check(args)
     choice = choose_device(args.device)
+    say_overrides(_say)
     precision = args.precision or choice.precision
     if choice.kind == "cpu" and precision == "bf16":
         raise UnavailableError("--precision", "fp32 on the CPU", "bf16", "leave it out, or use a GPU")

@@ -16,6 +16,7 @@ from apr.infer.engine import Engine
 from apr.infer.generate import Completion, Generation
 from apr.infer.prompt import Prompter, open_prompter
 from apr.params import parameter_count
+from apr.paths import override_record, say_overrides
 from apr.tools.device import Choice, choose_device
 from apr.tools.load import load_engine
 
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--no-gpu", f"no other device, or only --device {args.device}", "both", "give one")
     _check_numbers(args)
     choice = choose_device("cpu" if args.no_gpu else args.device)
+    say_overrides(_say)
     with open_model(args.model) as source:
         prompter = open_prompter(source)
         sampling = Sampling(vocab=prompter.tokenizer.vocab_size, temperature=args.temperature, top_k=args.top_k,
@@ -104,7 +106,7 @@ def _facts(path: Path, source: ModelSource, prompter: Prompter, engine: Engine) 
     return {"model": str(path), "format": source.format, "family": source.config.hf_model_type,
             "parameters": parameter_count(source.config), "tokenizer_sha256": prompter.tokenizer.sha256,
             "device": engine.device, "precision": engine.precision, "path": dict(engine.path),
-            "gate": dict(engine.gate)}
+            "gate": dict(engine.gate), **override_record()}
 
 
 def _say(line: str) -> None:

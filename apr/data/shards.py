@@ -166,8 +166,7 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
             temporary.mkdir(parents=True)
         for piece in _pieces(documents, eos, tokens_per_shard, tally, progress):
             data, name = piece.astype(DTYPES[dtype]).tobytes(), f"shard-{len(shards):04d}.bin"
-            write_durable(temporary / name, data)
-            shards.append({"file": name, "tokens": int(piece.size), "sha256": hashlib.sha256(data).hexdigest()})
+            shards.append({"file": name, "tokens": int(piece.size), "sha256": write_durable(temporary / name, data)})
         if not shards:
             raise FormatError("input", "at least one document", "none", "give some text")
         manifest = {"format": "apr-shards", "version": 1, "dtype": dtype, "token_count": tally["tokens"],

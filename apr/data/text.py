@@ -110,6 +110,13 @@ def _jsonl(path: Path, content_field: str) -> Iterator[str]:
                 yield _content(parse_json(line, where), content_field, where)
 
 
+def _largest_chunk(file: Any, column: str) -> int:
+    """Bytes of the column's largest chunk, without compression: no single text is larger."""
+    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return max((c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column), default=0)
+
+
 def _parquet(path: Path, content_field: str) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
@@ -123,7 +130,8 @@ def _parquet(path: Path, content_field: str) -> Iterator[str]:
             raise FormatError(str(path), f"a column '{content_field}'", ", ".join(file.schema_arrow.names)[:80],
                               "set --content-field")
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[content_field]):
+        rows = max(1, min(256, MAX_DOCUMENT // max(1, _largest_chunk(file, content_field))))
+        for batch in file.iter_batches(batch_size=rows, columns=[content_field]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 yield _content({content_field: text}, content_field, f"{path} row {number}")

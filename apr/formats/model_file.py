@@ -23,6 +23,7 @@ from apr.formats.stored import rounded_arrays, stored_arrays, written_config
 from apr.formats.tensors import TensorFile, Writable
 from apr.hf_config import config_facts, from_hf, to_hf, with_dtype
 from apr.params import param_specs, parameter_count
+from apr.paths import override_record
 from apr.strict import MAX_JSON_BYTES
 
 SPLIT_HALF = 2  # upstream's rope_type: 0 pairs neighbours, 2 pairs halves
@@ -101,7 +102,7 @@ def assets_from_metadata(metadata: Mapping[str, Any], where: str) -> dict[str, s
 def save_model(path: Path, config: TransformerConfig, arrays: Mapping[str, np.ndarray], name: str,
                tokenizer_json: str | None = None, eos_id: int | None = None, *, dtype: str | None = None,
                hf_config: Mapping[str, Any] | None = None, assets: Mapping[str, str] | None = None) -> None:
-    """Write a model; `path` is replaced whole or not at all.
+    """Write a model that was computed here, active overrides in its metadata; `path` is replaced whole or not at all.
 
     arrays by name, rounded to `dtype` (F32, F16, BF16; None: as they are). `hf_config` and `assets` are what the
     model's maker gave, to be kept; `tokenizer_json` takes the place of theirs. Raises StorageError, FormatError for a
@@ -110,8 +111,9 @@ def save_model(path: Path, config: TransformerConfig, arrays: Mapping[str, np.nd
     if hf_config is not None and from_hf(dict(hf_config), "hf_config") != config:
         raise ConfigError("hf_config", "the configuration of this model", "another", "give its own")
     values = dict(hf_config or {**to_hf(config), **({} if eos_id is None else {"eos_token_id": eos_id})})
-    metadata = model_metadata(config, name, tokenizer_json, eos_id,
-                              with_dtype(values, dtype) if dtype is not None else values, assets)
+    metadata = {**model_metadata(config, name, tokenizer_json, eos_id,
+                                 with_dtype(values, dtype) if dtype is not None else values, assets),
+                **override_record()}
     written: Mapping[str, Writable] = arrays if dtype is None else rounded_arrays(arrays, dtype)
     write_apr(path, written, metadata)
 

@@ -81,7 +81,9 @@ def render(request: dict[str, Any]) -> dict[str, Any]:
                 if left < 0:
                     return {"error": f"more than {request['limit']} characters of output", "by": "template"}
                 parts.append(part)
-            texts.append("".join(parts))
+            text = "".join(parts)
+            text.encode()  # half a surrogate pair is no text
+            texts.append(text)
         return {"texts": texts}
     except MessagesRefused as e:
         return {"error": str(e)[:300], "by": "messages"}

@@ -44,7 +44,8 @@ def examine(find: Callable[[], DriverInfo] = probe) -> Report:
     environment, cache = gpu_environment(), _cache()  # as they were: importing CuPy sets the one and may make the other
     compiler = _compiler()
     report = {
-        "python": platform.python_version(), "apr": __version__, "packages": _packages(), "cupy": cupy_distributions(),
+        "python": platform.python_version(), "apr": __version__, "packages": _packages(),
+        "optional": _optional(), "cupy": cupy_distributions(),
         "driver": asdict(info), "libraries": _libraries(info), "compiler": compiler, "environment": environment,
         "cache": cache, "cuda": {"usable": not cuda_problems(info), "versions": cuda_versions(info),
                                  "problems": cuda_problems(info)},
@@ -67,28 +68,38 @@ def wanted_extra(info: DriverInfo) -> str:
 
 def _packages() -> list[Report]:
     """The dependencies that the installed apr names, without those of its extras."""
+    return [_package(name, wants) for name, wants, extra in _required() if not extra]
+
+
+def _optional() -> list[Report]:
+    """The packages of its extras that are installed, those for tests apart."""
+    wanted = {(name, wants) for name, wants, extra in _required() if extra not in ("", "test")}
+    return [p for p in (_package(*line) for line in sorted(wanted)) if p["version"]]
+
+
+def _required() -> list[tuple[str, str, str]]:
+    """(name, bounds, extra or "") of each dependency in the metadata of the installed apr, sorted."""
     try:
         lines = importlib.metadata.requires("apr") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    found = []
-    for line in lines:
-        match = re.match(r"([\w.-]+)\s*([^;]*)$", line)  # an extra's line has a marker after a semicolon
-        if match is None:
-            continue
-        name, wants = match[1], match[2].strip()
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = ""
-        found.append({"name": name, "wants": wants, "version": version, "ok": _holds(version, wants)})
-    return sorted(found, key=lambda p: str(p["name"]))
+    found = (re.match(r"""([\w.-]+)\s*([^;]*?)\s*(?:;\s*extra == ["'](\w+)["'])?$""", line) for line in lines)
+    return sorted((m[1], m[2], m[3] or "") for m in found if m)
+
+
+def _package(name: str, wants: str) -> Report:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    return {"name": name, "wants": wants, "version": version, "ok": _holds(version, wants)}
 
 
 def _holds(version: str, wants: str) -> bool:
-    """Whether a version is there and reaches the lower bound, the only kind of bound that apr's base has."""
-    bound = re.search(r">=\s*([\d.]+)", wants)
-    return bool(version) and (bound is None or _release(version) >= _release(bound[1]))
+    """Whether a version is there and within the bounds: >=, and in the extras also <."""
+    least, below = (re.search(sign + r"\s*([\d.]+)", wants) for sign in (">=", "<"))
+    return bool(version) and (least is None or _release(version) >= _release(least[1])) \
+        and (below is None or _release(version) < _release(below[1]))
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -187,6 +198,8 @@ def _verdict(report: Report, info: DriverInfo) -> Report:
         cannot.append({"what": training, "why": "; ".join(bad)})
     else:
         can.append(training)
+    cannot += [{"what": f"rely on {p['name']} {p['version']}", "why": f"apr wants {p['wants']}"}
+               for p in report["optional"] if not p["ok"]]
     compiler = report["compiler"]
     fault = compiler["problem"] or next((c["problem"] for c in compiler["compiled"] if c["problem"]), "")
     if fault:

@@ -5,7 +5,7 @@ computes each layer three times at once: from its own input, and from what the G
 the last two are judged stage by stage, so the first that differs names the fault and roundings do not pile up. Then the
 scores are judged from end to end, at every position.
 
-The verdict is remembered by what it depends on: weights, apr's sources, device, driver, library, precision.
+The verdict is remembered by what it depends on: weights, apr's sources, device, driver, library, precision, overrides.
 """
 
 import hashlib
@@ -166,7 +166,7 @@ def _key(engine: CudaEngine) -> str:
     """Everything that the verdict depends on."""
     found, cupy = driver.probe(), driver.cupy_distributions()
     facts = [engine.weights_sha256, _sources_sha256(), engine.dev.name, found.driver_version, engine.net.gemm.version,
-             sorted(cupy.items()), engine.dev.cache.toolchain, engine.precision, engine.B]
+             sorted(cupy.items()), engine.dev.cache.toolchain, engine.precision, engine.B, paths.overrides()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from apr import driver
+from apr import driver, paths
 from apr.errors import AprError, DeviceFault, FormatError, GateError, MeasureError, OutOfMemoryError, UnavailableError
 from apr.strict import read_json
 
@@ -96,7 +96,7 @@ class QaReport:
                 "gates_not_run": len(self.gates) - len(self.executed), "min_executed": self.min_executed,
                 "total_duration_ms": self.total_duration_ms,
                 "timestamp": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "system_info": system_info()}
+                "system_info": system_info(), **paths.override_record()}
 
     def require(self) -> None:
         """Raise GateError naming the gates that failed, or MeasureError when too few ran."""

@@ -57,6 +57,8 @@ def build_cuda_trainer_with_init(lr: float, seq_length: int, seed: int, init_arc
 
     Arguments are checked before any device is touched. Raises as build_trainer.
     """
+    if device == "cpu":
+        raise ConfigError("build_cuda_trainer_with_init", "a GPU, cuda:N", "cpu", "use build_trainer")
     model, params = _model(init_arch, init_path)
     config = TransformerTrainConfig(**{"precision": "bf16", **settings}, lr=lr, max_seq_len=seq_length, seed=seed)
     trainer = make_trainer(model, config, device, params)

@@ -83,8 +83,10 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sweep(ckpt_dir)
-    for old in [path for path in steps(ckpt_dir) if (path / MANIFEST).is_file()][keep:]:
-        if not (milestone_every and step_of(old) % milestone_every == 0):
+    whole = [path for path in steps(ckpt_dir) if (path / MANIFEST).is_file()]
+    for old in steps(ckpt_dir):
+        milestone = milestone_every and step_of(old) % milestone_every == 0 and old in whole
+        if old < whole[:keep][-1] and not milestone:  # also what a kill left half removed
             _remove(old)
     return final
 
@@ -96,8 +98,11 @@ def bytes_needed(parameters: int) -> int:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; its manifest goes first, so that a kill half-way leaves no half checkpoint behind."""
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink():  # what it points to is another's
+        folder.unlink(missing_ok=True)
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(ckpt_dir: Path) -> None:
@@ -106,6 +111,17 @@ def sweep(ckpt_dir: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in ckpt_dir.glob(".*.tmp-*"):
         leftover.unlink(missing_ok=True)
+
+
+def pass_over(ckpt_dir: Path, step: int) -> None:
+    """Take away the names of checkpoints after `step`, which could not be read: the run goes on from before them.
+
+    Otherwise one that can be read again later would be taken for the newest of a run that has gone another way.
+    """
+    with os_errors(str(ckpt_dir)):
+        for path in steps(ckpt_dir):
+            if step_of(path) > step:
+                os.rename(path, ckpt_dir / f"{path.name}.tmp-passed-over-{os.urandom(4).hex()}")
 
 
 def name_of(step: int) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from apr.errors import FormatError
-from apr.files import os_errors
+from apr.files import open_appending, os_errors
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -38,13 +38,13 @@ class RunLog:
     def __init__(self, run_dir: Path, sinks: list[Sink], keep_bytes: int | None = None) -> None:
         self.path, self.sinks = run_dir / NAME, sinks
         with os_errors(str(self.path)):
+            self.file = open_appending(self.path)
             if keep_bytes is not None:
-                size = self.path.stat().st_size
-                if size < keep_bytes:
+                if (size := self.size()) < keep_bytes:
+                    self.file.close()
                     raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{size}",
                                       "restore the log, or start a new run")
-                os.truncate(self.path, keep_bytes)
-            self.file = open(self.path, "ab")  # noqa: SIM115 - closed by __exit__
+                self.file.truncate(keep_bytes)
 
     def size(self) -> int:
         """Bytes in the file."""

@@ -13,6 +13,7 @@ import msgspec
 from apr.data.batch import LMBatch
 from apr.errors import FormatError, GateError
 from apr.files import os_errors, require_room, write_atomic
+from apr.paths import override_record
 from apr.train import checkpoint
 from apr.train.base import StartedStep, StepStats, Trainer
 from apr.train.corpus import Corpus
@@ -180,7 +181,7 @@ class RealRun:
         saved = SavedState(state.step, snapshot.step, state, log_bytes, asdict(artifact) if artifact else None, cursor,
                            snapshot.parameters_sha256, snapshot.optimizer_state_sha256, kept)
         checkpoint.write_checkpoint(self.ckpt_dir, state.step, model, snapshot.params, snapshot.optimizer,
-                                    asdict(saved), tokenizer.json if tokenizer else None,
+                                    {**asdict(saved), **override_record()}, tokenizer.json if tokenizer else None,
                                     None if record is None else record.hf_config,
                                     None if record is None else record.assets,
                                     keep=self.config.keep, milestone_every=self.config.milestone_every)

@@ -23,8 +23,9 @@ import apr
 from apr.config import decode
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError, NotFoundError
-from apr.files import os_errors, require_room, write_atomic
+from apr.files import open_appending, os_errors, require_room, write_atomic
 from apr.formats.source import ARCH_MATCH
+from apr.paths import override_record
 from apr.strict import read_json
 from apr.train import checkpoint
 from apr.train.base import Trainer
@@ -51,17 +52,17 @@ class DirectoryLock:
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / "lock"
         with os_errors(str(path)):
-            self.file = open(path, "a+")  # noqa: SIM115 - held for the life of the run
+            self.file = open_appending(path)  # held for the life of the run
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self.file.seek(0)
-                holder = self.file.read(200).strip()
+                holder = self.file.read(200).decode(errors="replace").strip()
                 self.file.close()
                 raise ConfigError(str(run_dir), "a run directory that nobody is using", f"a run in it ({holder})",
                                   "wait for it, or choose another --run-dir") from None
             self.file.truncate(0)
-            self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
             self.file.flush()
 
     def __enter__(self) -> "DirectoryLock":
@@ -170,10 +171,12 @@ def resume(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink], war
         trainer = make_trainer(config.model, config.train, device, found.params, saved.trainer, notes)
         trainer.load_optimizer(found.optimizer, saved.optimizer_step)
         name = found.path.name
+        checkpoint.pass_over(run_dir / "ckpt", saved.step)
         del found  # its arrays are the trainer's now
         with RunLog(run_dir, sinks, saved.log_bytes) as log:
             log(checkpoint_event(saved.step, saved.artifact))
-            log({"event": "resume", "step": saved.step, "checkpoint": name, "path": trainer.path})
+            log({"event": "resume", "step": saved.step, "checkpoint": name, "path": trainer.path,
+                 **override_record()})
             notes.open(log, saved.step)
             for remark in remarks:
                 notes(remark)
@@ -209,7 +212,7 @@ def _loop(config: RunConfig, run_dir: Path, log: RunLog, trainer: Trainer | None
                             force_init_loss=config.force_init_loss, recover_fn=recovery, watchdog=watchdog).run()
 
 
-def versions(device: str) -> dict[str, str]:
-    """What ran: apr, Python, NumPy, tokenizers; with a GPU its name, its driver's and CuPy's versions."""
+def versions(device: str) -> dict[str, Any]:
+    """What ran: apr, Python, NumPy, tokenizers; with a GPU its name, its driver's and CuPy's versions; overrides."""
     return {"apr": apr.__version__, "python": platform.python_version(), "numpy": version("numpy"),
-            "tokenizers": version("tokenizers"), **device_versions(device)}
+            "tokenizers": version("tokenizers"), **device_versions(device), **override_record()}

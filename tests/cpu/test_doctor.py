@@ -1,5 +1,6 @@
 """`apr doctor`: its report on machines of every kind, and what it answers to a script."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -35,8 +36,8 @@ def report(capsys, *arguments):
 def test_a_machine_without_a_gpu_can_train_and_compile(bare, capsys):
     code, found_, err = report(capsys)
     assert (code, err) == (0, "")
-    assert {"python", "apr", "packages", "cupy", "driver", "libraries", "compiler", "environment", "cache", "cuda",
-            "can", "cannot"} == found_.keys()
+    assert {"python", "apr", "packages", "optional", "cupy", "driver", "libraries", "compiler", "environment", "cache",
+            "cuda", "can", "cannot"} == found_.keys()
     assert all(p["ok"] for p in found_["packages"])
     base = re.search(r"BASE = \[(.*?)\]", (Path(__file__).parents[2] / "setup.py").read_text(), re.S)[1]
     assert {p["name"] for p in found_["packages"]} == set(re.findall(r'"([\w-]+)', base))
@@ -111,6 +112,7 @@ def test_extra_prints_nothing_else(bare, capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("version", "wants", "holds"), [
     ("2.0", ">=2.0", True), ("2.0.0", ">=2", True), ("1.26.4", ">=2.0", False), ("", ">=2.0", False), ("", "", False),
+    ("12.9.86", "<13,>=12.9", True), ("13.0", "<13,>=12.9", False), ("12.8", "<13,>=12.9", False),
     ("3.1.10", ">=3.1.6", True), ("3.1.6rc1", ">=3.1.6", True), ("0.5", ">=0.17", False), ("1", "", True)])
 def test_lower_bounds(version, wants, holds):
     assert doctor._holds(version, wants) is holds
@@ -122,6 +124,25 @@ def test_a_package_that_is_too_old_is_a_thing_that_cannot_be_done(bare, capsys, 
     assert code == 0 and [(p["name"], p["ok"]) for p in found_["packages"]] == [("numpy", False)]
     assert "wants >=99" in found_["cannot"][0]["why"] and "train" in found_["cannot"][0]["what"]
     assert main(["doctor"]) == 0 and "NOT MET" in capsys.readouterr().out
+
+
+def test_an_optional_package_out_of_bounds_is_named(bare, capsys, monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: [
+        'pyarrow>=999; extra == "parquet"', 'numpy<1,>=0.5; extra == "a"', 'pytest>=999; extra == "test"',
+        'not-there>=1; extra == "b"', 'pyyaml>=1; extra == "c"'])
+    code, found_, _ = report(capsys)
+    assert code == 0 and {p["name"]: p["ok"] for p in found_["optional"]} == {"numpy": False, "pyarrow": False,
+                                                                             "pyyaml": True}
+    assert {c["why"] for c in found_["cannot"] if c["what"].startswith("rely on")} == {"apr wants >=999",
+                                                                                       "apr wants <1,>=0.5"}
+
+
+def test_every_dependency_has_a_lower_bound():
+    tree = ast.parse((Path(__file__).parents[2] / "setup.py").read_text(encoding="utf-8"))
+    values = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign)}
+    groups = [ast.literal_eval(values["BASE"]), *ast.literal_eval(values["EXTRAS"]).values()]
+    lines = [line for group in groups for line in group]
+    assert len(lines) > 30 and [line for line in lines if not re.fullmatch(r"[\w-]+>=[\d.]+(,<\d+)?", line)] == []
 
 
 def test_a_header_that_does_not_compile(bare, capsys, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_checkpoint import save, trained
-from test_run import arguments, stop_at
+from test_run import arguments, end_state, stop_at, without_stop
 
 import apr.files
 import apr.train.saver
@@ -115,3 +115,36 @@ def test_room_is_that_of_the_nearest_folder_that_is_there(tmp_path):
     require_room(tmp_path / "a" / "b", free // 2, "this")
     with pytest.raises(StorageError, match=r"a/b: expected .* GiB free for this"):
         require_room(tmp_path / "a" / "b", 4 * free, "this")
+
+
+def test_what_a_kill_left_half_removed_goes_with_what_is_old(tmp_path):
+    """A kill between the manifest's removal and the folder's: nobody would ever look at it again."""
+    for step in (1, 2):
+        save(tmp_path, trained(), step)
+    (tmp_path / "step-00000001" / "manifest.json").unlink()
+    save(tmp_path, trained(), 3)
+    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path)] == [3, 2]
+    elsewhere = tmp_path / "elsewhere"
+    os.rename(tmp_path / "step-00000002", elsewhere)
+    (tmp_path / "step-00000001").symlink_to(elsewhere)
+    save(tmp_path, trained(), 4)
+    save(tmp_path, trained(), 5)
+    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path)] == [5, 4]
+    assert checkpoint.read_checkpoint(elsewhere).state["step"] == 2
+
+
+def test_A5_a_checkpoint_that_can_be_read_again_is_not_of_the_way_that_the_run_took(folder, tmp_path):
+    """16 cannot be read for a while, the run goes on from 8 and is stopped at 11, and then 16 is back."""
+    config, run_dir, manifest = build_config(arguments(folder)), tmp_path / "run", "ckpt/step-00000016/manifest.json"
+    with pytest.raises(Stopped):
+        pretrain(config, run_dir, "cpu", [stop_at(16, 15)])
+    sound = (run_dir / manifest).read_bytes()
+    (run_dir / manifest).write_bytes(b"")
+    with pytest.raises(Stopped):
+        resume(config, run_dir, "cpu", [stop_at(11, 15)], print)
+    if (run_dir / manifest).exists():
+        (run_dir / manifest).write_bytes(sound)
+    assert [checkpoint.step_of(p) for p in checkpoint.steps(run_dir / "ckpt")] == [11, 8]
+    resume(config, run_dir, "cpu", [], print)
+    pretrain(config, tmp_path / "whole", "cpu", [])
+    assert without_stop(end_state(run_dir)) == end_state(tmp_path / "whole")
