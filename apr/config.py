@@ -210,7 +210,7 @@ def _check_names(kind: Any, values: Any, where: str) -> None:
         if nested and isinstance(value, dict):
             _check_names(nested[0], value, f"{where}: {key}")
     for name, f in fields.items():
-        if f.default is dataclasses.MISSING and name not in values:
+        if f.default is f.default_factory is dataclasses.MISSING and name not in values:
             raise ConfigError(f"{where}: {name}", "a value (it has no default)", "nothing", f"add '{name}'")
 
 

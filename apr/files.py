@@ -113,6 +113,17 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, durably: each is on disk when this returns."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync_dir(folder.parent)
+
+
 def write_durable(path: Path, *parts: bytes | memoryview) -> str:
     """Write a new file and fsync it; the name is not yet durable (fsync_dir) and the write not atomic.
 
@@ -156,7 +167,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
             fsync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that has become read-only it stays; the error says why
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -188,4 +200,5 @@ def new_path(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

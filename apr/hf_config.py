@@ -158,17 +158,24 @@ def _rope(values: dict[str, Any], where: str) -> tuple[Any, dict[str, Any] | Non
     if theta is not None and nested is not None and theta != nested:
         raise ConfigError(f"{where}: rope_theta", "the same value in both spellings", f"{theta!r} and {nested!r}",
                           "remove one")
+    used, scaling = theta if nested is None else nested, values.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("rope_theta", used) != used:
+        raise ConfigError(f"{where}: rope_scaling.rope_theta", f"rope_theta's {used!r}", f"{scaling['rope_theta']!r}",
+                          "remove one")
     scalings = [_scaling(s, where) for s in (values.get("rope_scaling"), v5) if s is not None]
     if len(scalings) == 2 and scalings[0] != scalings[1]:
         raise ConfigError(f"{where}: rope_scaling", "the same scaling in both spellings", "two that differ",
                           "remove one")
-    return theta if nested is None else nested, scalings[0] if scalings else None
+    return used, scalings[0] if scalings else None
 
 
 def _scaling(values: Any, where: str) -> dict[str, Any] | None:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: rope_scaling", "an object", type(values).__name__, "correct the file")
     kind = values.get("rope_type", values.get("type", "default"))
+    if values.get("type", kind) != kind:
+        raise ConfigError(f"{where}: rope_scaling", "the same rope_type and type", f"{kind!r} and {values['type']!r}",
+                          "remove one")
     rest = {k: v for k, v in values.items() if k not in ("rope_type", "type", "rope_theta")}
     if kind == "default":
         if rest:

@@ -24,10 +24,10 @@ MAX_VALUES = 2**18  # brackets and commas; each can cost 200 bytes of memory, ag
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
-def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
+def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES, most: int = MAX_VALUES) -> Any:
     """The value of a JSON text.
 
-    Raises FormatError: over `limit` bytes or MAX_VALUES, not UTF-8, not JSON, too deep, duplicate key, non-finite
+    Raises FormatError: over `limit` bytes or `most` values, not UTF-8, not JSON, too deep, duplicate key, non-finite
     number.
     """
     def refuse(expected: str, found: str) -> NoReturn:
@@ -49,8 +49,8 @@ def parse_json(data: bytes, where: str, limit: int = MAX_JSON_BYTES) -> Any:
 
     if len(data) > limit:
         refuse(f"at most {limit} bytes of JSON", f"{len(data)} bytes")
-    if _marks(data) > MAX_VALUES and (values := _marks(_STRING.sub(b"", data))) > MAX_VALUES:
-        refuse(f"at most {MAX_VALUES} values", f"{values}")
+    if _marks(data) > most and (values := _marks(_STRING.sub(b"", data))) > most:
+        refuse(f"at most {most} values", f"{values}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates, parse_float=finite,
                            parse_constant=lambda c: refuse("finite numbers", c))

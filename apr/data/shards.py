@@ -24,7 +24,7 @@ import numpy as np
 
 from apr.data.tokenizer import MAX_VOCABULARY, Tokenizer
 from apr.errors import ConfigError, FormatError, GateError, IntegrityError, NotFoundError, StorageError
-from apr.files import fsync_dir, open_regular, os_errors, write_durable
+from apr.files import fsync_dir, make_folder, open_regular, os_errors, write_durable
 from apr.strict import read_json
 
 TOKENS_PER_SHARD = 10_000_000
@@ -63,16 +63,23 @@ class FileShard:
         if size == 0 or size % dtype.itemsize:
             raise FormatError(str(path), f"a positive multiple of {dtype.itemsize} bytes", f"{size} bytes",
                               "write the shard again")
-        self.tokens = size // dtype.itemsize
+        self.tokens, self.state = size // dtype.itemsize, self._state()
+
+    def _state(self) -> tuple[int, int]:
+        info = os.fstat(self.fd)
+        return info.st_size, info.st_mtime_ns
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64-safe unsigned values. Raises StorageError when the file has become shorter."""
         width = self.dtype.itemsize
-        with os_errors(str(self.path)):
+        with os_errors(f"{self.path} at offset {start * width}"):
             data = os.pread(self.fd, (stop - start) * width, start * width)
         if len(data) != (stop - start) * width:
             raise StorageError(str(self.path), f"{(stop - start) * width} bytes at offset {start * width}",
                                f"{len(data)}", "the file was cut while in use; restore it and resume")
+        if self._state() != self.state:
+            raise StorageError(str(self.path), "a file that stays as it is", "changed while in use",
+                               "restore it and resume")
         return np.frombuffer(data, self.dtype)
 
 
@@ -84,7 +91,8 @@ class TokenSource:
     """
 
     def __init__(self, shards: list[Any], names: list[str], vocab_size: int, eos_id: int | None,
-                 expected_sha256: list[str] | None = None) -> None:
+                 expected_sha256: list[str] | None = None, own_vocabulary: int = MAX_VOCABULARY) -> None:
+        limit = min(vocab_size, own_vocabulary)
         self.shards, self.vocab_size = shards, vocab_size
         self.name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         self.offsets = np.cumsum([0] + [s.tokens for s in shards])
@@ -96,9 +104,9 @@ class TokenSource:
             for start in range(0, shard.tokens, SCAN):
                 chunk = shard.read(start, min(start + SCAN, shard.tokens))
                 digest.update(chunk.tobytes())
-                if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
-                    at = int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-                    raise FormatError(f"{name} token {start + at}", f"an id in [0, {vocab_size})", str(int(chunk[at])),
+                if int(chunk.max()) >= limit or int(chunk.min()) < 0:
+                    at = int(np.argmax((chunk >= limit) | (chunk < 0)))
+                    raise FormatError(f"{name} token {start + at}", f"an id in [0, {limit})", str(int(chunk[at])),
                                       "these shards are for another tokenizer or model")
                 self.histogram += np.bincount(chunk, minlength=vocab_size)
                 if eos_id is not None:
@@ -163,7 +171,8 @@ def write_shards(out: Path, documents: Iterable[list[int]], tokenizer: Tokenizer
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{os.urandom(4).hex()}")
     try:
         with os_errors(str(out)):
-            temporary.mkdir(parents=True)
+            make_folder(out.parent)
+            temporary.mkdir()
         for piece in _pieces(documents, eos, tokens_per_shard, tally, progress):
             data, name = piece.astype(DTYPES[dtype]).tobytes(), f"shard-{len(shards):04d}.bin"
             shards.append({"file": name, "tokens": int(piece.size), "sha256": write_durable(temporary / name, data)})
@@ -230,7 +239,7 @@ def open_shards(path: Path, tokenizer: Tokenizer | None, vocab_size: int) -> Tok
         if shard.tokens != entry["tokens"]:
             raise FormatError(str(shard.path), f"{entry['tokens']} tokens", f"{shard.tokens}", "write the shards again")
     return TokenSource(shards, [str(s.path) for s in shards], vocab_size, manifest["eos_id"],
-                       [s["sha256"] for s in manifest["shards"]])
+                       [s["sha256"] for s in manifest["shards"]], manifest["vocab_size"])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -245,6 +254,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise FormatError(f"{where}: dtype", "u16 or u32", repr(values["dtype"])[:40], "tokenize again")
     if not 1 <= values["vocab_size"] <= MAX_VOCABULARY:  # a histogram of this size is made
         raise FormatError(f"{where}: vocab_size", f"1 to {MAX_VOCABULARY}", str(values["vocab_size"]), "tokenize again")
+    if values["documents"] < 0:
+        raise FormatError(f"{where}: documents", "0 or more", str(values["documents"])[:40], "tokenize again")
     if not 0 <= values["eos_id"] < values["vocab_size"]:
         raise FormatError(f"{where}: eos_id", f"an id in [0, {values['vocab_size']})", str(values["eos_id"]),
                           "tokenize again")

@@ -24,6 +24,7 @@ from apr.strict import parse_json
 
 MAX_FILE = 64 * 2**20
 MAX_VOCABULARY = 2**20
+MAX_VALUES = 2**21  # of a tokenizer.json: a vocabulary, and merges that are pairs
 MAX_GROWTH = 1024  # times that normalizing or decoding may lengthen a text; a chain of doublings knows no end
 ENCODE_AT_ONCE = 256  # documents
 PROBE = "def f(x):\n\treturn 'Naïve' + \"日本語\"  # 1 + 2 = 3 🙂\r\n"
@@ -62,6 +63,11 @@ class Tokenizer:
         if _growth(inner.normalizer) * _growth(inner.decoder) > MAX_GROWTH:
             raise FormatError(where, f"replacements that lengthen a text at most {MAX_GROWTH} times", "more",
                               "give a trained tokenizer")
+        for i, token in inner.get_added_tokens_decoder().items():
+            text = decoders.ByteLevel().decode([token.content])  # what it stands for as a piece of text
+            if token.special and (i in self.encode(text) or i in self.encode(token.content)):
+                raise FormatError(f"{where}: special token {token.content[:40]!r}", "one that no text is encoded to",
+                                  f"id {i}, as text has it: it would vanish from what is decoded", BYTE_LEVEL)
         self.eos_id = next((vocab[t] for t in END_OF_TEXT if t in vocab), None)
         back = self.decode(self.encode(PROBE))
         if back.strip() != PROBE.strip():
@@ -95,9 +101,17 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "Tokenizer":
-        """From the bytes of a tokenizer.json. Raises FormatError."""
+        """From the bytes of a tokenizer.json. Raises FormatError, also for what the library would pass over.
+
+        Of two equal keys it takes the last; an added token gets the next id, whatever the file says.
+        """
         with _library(where, "a tokenizer.json"):
-            return cls(tokenizers.Tokenizer.from_str(data.decode("utf-8")), where)
+            inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            for added in parse_json(data, where, MAX_FILE, MAX_VALUES).get("added_tokens") or ():
+                if (found := inner.token_to_id(added["content"])) != added["id"]:
+                    raise FormatError(f"{where}: added token {added['content'][:40]!r}", f"id {added['id']}",
+                                      f"{found} by its place", "number the added tokens in their order")
+            return cls(inner, where)
 
     @classmethod
     def from_gpt2(cls, vocab: bytes, merges: bytes, where: str) -> "Tokenizer":

@@ -56,7 +56,7 @@ class OpenFile:
     def read_span(self, span: Span) -> np.ndarray:
         """A tensor's bytes, in memory of their own. Raises StorageError, FormatError when the file has changed."""
         out = np.empty(span.nbytes, np.uint8)
-        with os_errors(str(self.path)):
+        with os_errors(f"{self.path}: tensor '{span.name}' at byte {span.start}"):
             self.file.seek(span.start)
             got = self.file.readinto(out.data) if span.nbytes else 0  # type: ignore[attr-defined]
         self.check_read(span, got)
@@ -65,7 +65,7 @@ class OpenFile:
     def pieces_of(self, span: Span) -> Iterator[bytes]:
         """The same bytes, CHUNK at a time."""
         got = 0
-        with os_errors(str(self.path)):
+        with os_errors(f"{self.path}: tensor '{span.name}' at byte {span.start}"):
             while got < span.nbytes:
                 self.file.seek(span.start + got)  # another tensor may be read in between
                 part = self.file.read(min(CHUNK, span.nbytes - got))

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 
 from apr.config import TransformerConfig
 from apr.errors import AprError, FormatError, IntegrityError, NotFoundError
-from apr.files import fsync_dir, os_errors, sha256_file, write_durable
+from apr.files import fsync_dir, make_folder, os_errors, sha256_file, write_durable
 from apr.formats.model_file import TOKENIZER, check_coverage
 from apr.formats.safetensors import encode_header, open_safetensors
 from apr.formats.source import ASSETS
@@ -32,6 +33,7 @@ from apr.hf_config import from_hf, to_hf, with_dtype
 from apr.strict import read_json
 
 STEP = re.compile(r"step-(\d{8})$")
+REPLACED = re.compile(r"(step-\d{8})\.tmp-replaced-[0-9a-f]+$")
 MANIFEST, FORMAT = "manifest.json", "apr-checkpoint"
 KEEP = 2  # the newest, and one to fall back on, unless a run keeps more
 SLACK = 1 << 20  # bytes of a checkpoint beside its arrays, tokenizer and all
@@ -66,7 +68,8 @@ def write_checkpoint(ckpt_dir: Path, step: int, config: TransformerConfig, param
              "state.json": json.dumps(state, indent=1, allow_nan=False)}
     try:
         with os_errors(str(final)):
-            temporary.mkdir(parents=True)
+            make_folder(ckpt_dir)
+            temporary.mkdir()
             digests = {name: write_durable(temporary / name, text.encode()) for name, text in texts.items()}
             for name, arrays in (("model.safetensors", params), ("optimizer.safetensors", optimizer)):
                 digests[name] = write_durable(temporary / name, encode_header(arrays, {"format": "pt"}),
@@ -98,19 +101,25 @@ def bytes_needed(parameters: int) -> int:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint; its manifest goes first, so that a kill half-way leaves no half checkpoint behind."""
-    if folder.is_symlink():  # what it points to is another's
-        folder.unlink(missing_ok=True)
-    else:
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # what cannot be removed does no harm
+        if folder.is_symlink():  # what it points to is another's
+            folder.unlink(missing_ok=True)
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
 
 def sweep(ckpt_dir: Path) -> None:
     """Remove what killed writers left. Only the run that holds the run directory's lock may call this."""
-    for leftover in ckpt_dir.glob("step-*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in ckpt_dir.glob(".*.tmp-*"):
-        leftover.unlink(missing_ok=True)
+    for leftover in (*ckpt_dir.glob("step-*.tmp-*"), *ckpt_dir.glob(".*.tmp-*")):
+        found = REPLACED.match(leftover.name)
+        with suppress(OSError):
+            if found and not (ckpt_dir / found[1]).exists():
+                os.rename(leftover, ckpt_dir / found[1])  # its writer was killed between the two renamings
+            elif leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def pass_over(ckpt_dir: Path, step: int) -> None:
@@ -139,6 +148,13 @@ def steps(ckpt_dir: Path) -> list[Path]:
     return sorted((p for p in ckpt_dir.glob("step-*") if STEP.match(p.name)), reverse=True)
 
 
+def _candidates(ckpt_dir: Path) -> list[Path]:
+    """The steps, and those of which a killed writer had taken the name away; newest first."""
+    aside = {p: found[1] for p in ckpt_dir.glob("step-*") if (found := REPLACED.match(p.name))}
+    named = {p: p.name for p in steps(ckpt_dir)} | {p: n for p, n in aside.items() if not (ckpt_dir / n).exists()}
+    return sorted(named, key=lambda p: named[p], reverse=True)
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, every byte of it verified.
 
@@ -148,15 +164,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise NotFoundError(str(path / MANIFEST), "a checkpoint's manifest", "nothing there",
                             "this folder is no complete checkpoint")
     manifest, where = read_json(path / MANIFEST), str(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != 1:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT \
+            or type(manifest.get("version")) is not int or manifest["version"] != 1:
         raise FormatError(where, f"format '{FORMAT}' version 1", "another",
                           "give a checkpoint that this version of apr wrote")
     files = manifest.get("files")
     needed = {"config.json", "model.safetensors", "optimizer.safetensors", "state.json"}
     if not isinstance(files, dict) or files.keys() - {*ASSETS} != needed:
         raise FormatError(where, "files " + ", ".join(sorted(needed)), "others", "use another checkpoint")
+    before = {name: _file_state(path / name) for name in files}
     for name, entry in files.items():
-        if not isinstance(entry, dict) or not (path / name).is_file():
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or not (path / name).is_file():
             raise IntegrityError(str(path / name), "the file that the manifest lists", "nothing",
                                  "use another checkpoint")
         size = (path / name).stat().st_size
@@ -168,14 +186,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config = from_hf(read_json(path / "config.json"), str(path / "config.json"))
     params = check_coverage(config, _read_arrays(path / "model.safetensors"), str(path / "model.safetensors"))
     optimizer = _read_arrays(path / "optimizer.safetensors")
-    expected = {f"{kind}.{name}": array.shape for kind in "mv" for name, array in params.items()}
-    if {name: array.shape for name, array in optimizer.items()} != expected:
+    expected = {f"{kind}.{name}": (array.shape, "float32") for kind in "mv" for name, array in params.items()}
+    if {name: (array.shape, str(array.dtype)) for name, array in optimizer.items()} != expected:
         raise FormatError(str(path / "optimizer.safetensors"), "m and v of every parameter", "others",
                           "use another checkpoint")
     state = read_json(path / "state.json")
-    if not isinstance(state, dict) or state.get("step") != manifest.get("step"):
+    if not isinstance(state, dict) or type(manifest.get("step")) is not int or state.get("step") != manifest["step"]:
         raise FormatError(str(path / "state.json"), "the manifest's step", "another", "use another checkpoint")
+    for name in files:
+        if _file_state(path / name) != before[name]:
+            raise IntegrityError(str(path / name), "a file that stays as it is", "changed while it was read",
+                                 "use another checkpoint")
     return Checkpoint(path, config, params, optimizer, state)
+
+
+def _file_state(path: Path) -> tuple[int, int, int] | None:
+    """What differs when a file was written to or replaced; None where there is none."""
+    with suppress(OSError):
+        info = path.stat()
+        return info.st_ino, info.st_size, info.st_mtime_ns
+    return None
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -188,7 +218,7 @@ def latest(ckpt_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
 
     Raises NotFoundError when there is none.
     """
-    for path in steps(ckpt_dir):
+    for path in _candidates(ckpt_dir):
         try:
             return read_checkpoint(path)
         except AprError as e:

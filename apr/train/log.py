@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from apr.errors import FormatError
-from apr.files import open_appending, os_errors
+from apr.files import fsync_dir, open_appending, os_errors
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
@@ -45,6 +45,11 @@ class RunLog:
                     raise FormatError(str(self.path), f"at least {keep_bytes} bytes", f"{size}",
                                       "restore the log, or start a new run")
                 self.file.truncate(keep_bytes)
+            try:
+                fsync_dir(run_dir)
+            except OSError:
+                self.file.close()
+                raise
 
     def size(self) -> int:
         """Bytes in the file."""

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
+from apr.config import decode
 from apr.data.batch import LMBatch
-from apr.errors import FormatError, GateError
-from apr.files import os_errors, require_room, write_atomic
+from apr.errors import ConfigError, FormatError, GateError
+from apr.files import make_folder, os_errors, require_room, write_atomic
 from apr.paths import override_record
 from apr.train import checkpoint
 from apr.train.base import StartedStep, StepStats, Trainer
@@ -23,6 +22,8 @@ from apr.train.pretrain import EpochArtifact, LoopState, batch_of
 from apr.train.run_config import RunConfig
 from apr.train.saver import Saver
 from apr.train.snapshot import Snapshot
+
+LATER = {"skipped", "passed_over"}  # fields of LoopState that older checkpoints do not have
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,19 @@ class SavedState:
 
 def saved_state(found: checkpoint.Checkpoint) -> SavedState:
     """The state of the run in a checkpoint. Raises FormatError."""
+    where, values = str(found.path / "state.json"), {k: v for k, v in found.state.items() if k != "overrides"}
     try:
-        return msgspec.convert(found.state, SavedState, strict=True)
-    except msgspec.ValidationError as e:
-        raise FormatError(str(found.path / "state.json"), "the state of a run", str(e),
-                          "use another checkpoint") from None
+        saved = decode(SavedState, values, where)
+    except ConfigError as e:
+        raise FormatError(e.where, e.expected, e.found, "use another checkpoint") from None
+    missing = {f.name for f in fields(LoopState)} - values["loop"].keys() - LATER
+    counts = [saved.step, saved.optimizer_step, saved.log_bytes, saved.data.passes - 1,
+              *(v for v in asdict(saved.loop).values() if type(v) is int)]
+    ranges = all(0 <= first <= last for first, last in saved.loop.passed_over)
+    if missing or saved.loop.step != saved.step or min(counts) < 0 or not ranges:
+        raise FormatError(where, "a whole state of the loop, at the checkpoint's step, and numbers in range",
+                          f"without {', '.join(sorted(missing))}" if missing else "others", "use another checkpoint")
+    return saved
 
 
 class Watch(Protocol):
@@ -175,7 +184,7 @@ class RealRun:
         if artifact is not None:
             stem = self.ckpt_dir / f"epoch-{artifact.epoch:03d}"
             with os_errors(str(self.ckpt_dir)):
-                self.ckpt_dir.mkdir(exist_ok=True)
+                make_folder(self.ckpt_dir)
             save_epoch(stem.with_suffix(".apr"), model, snapshot, self.config.weights, tokenizer, record)
             write_atomic(stem.with_suffix(".metadata.json"), json.dumps(asdict(artifact), indent=1).encode())
         saved = SavedState(state.step, snapshot.step, state, log_bytes, asdict(artifact) if artifact else None, cursor,

@@ -23,7 +23,7 @@ import apr
 from apr.config import decode
 from apr.data.tokenizer import Tokenizer
 from apr.errors import ConfigError, FormatError, NotFoundError
-from apr.files import open_appending, os_errors, require_room, write_atomic
+from apr.files import make_folder, open_appending, os_errors, require_room, write_atomic
 from apr.formats.source import ARCH_MATCH
 from apr.paths import override_record
 from apr.strict import read_json
@@ -61,9 +61,12 @@ class DirectoryLock:
                 self.file.close()
                 raise ConfigError(str(run_dir), "a run directory that nobody is using", f"a run in it ({holder})",
                                   "wait for it, or choose another --run-dir") from None
-            self.file.truncate(0)
-            self.file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-            self.file.flush()
+            try:
+                self.file.truncate(0)
+                os.write(self.file.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+            except OSError:
+                self.file.close()
+                raise
 
     def __enter__(self) -> "DirectoryLock":
         return self
@@ -115,7 +118,7 @@ def pretrain(config: RunConfig, run_dir: Path, device: str, sinks: list[Sink],
     if record is not None:
         ran.update(init=record.path, init_parameters_sha256=record.parameters_sha256)
     with os_errors(str(run_dir)):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
     with DirectoryLock(run_dir):
         refuse_used(run_dir)
         if corpus is not None and corpus.tokenizer is not None:

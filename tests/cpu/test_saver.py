@@ -54,6 +54,7 @@ def test_A13_what_is_saved_is_the_state_at_the_call_while_steps_go_on(folder, tm
             assert slow.waiting.is_set() and not (tmp_path / "run/ckpt/step-00000008").exists()
             slow.set()
         if event["event"] == "checkpoint" and event["step"] == 16:
+            assert (tmp_path / "run/ckpt/step-00000008").exists()
             os.rename(tmp_path / "run/ckpt/step-00000008", tmp_path / "eight")
 
     pretrain(config, tmp_path / "run", "cpu", [release])

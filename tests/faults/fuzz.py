@@ -1,148 +1,215 @@
 """`python tests/faults/fuzz.py --format gguf --cases 200000 --seed 1`: files that are valid but for a few fields.
 
-Each case makes a small valid file, field by field, changes some of its fields (counts, lengths, offsets, types, sizes,
-names), then perhaps some bytes, makes the checksums of an .apr fit again, and gives it to the reader. Refused means an
-AprError; accepted files must be valid and hold the same bytes by the oracles, and by the safetensors package.
+`--seconds 60` is a time box instead of a number, `--format all` takes every format in turn. A case is a pure function
+of format, seed and number: a small valid file or folder, put together field by field, some of its fields changed, then
+perhaps some bytes, and most checksums made to fit again. Refused means an AprError; what is accepted must be valid and
+mean the same by the oracles. A format runs in a child process: its memory is its own, and a case that kills it counts.
+`--keep` adds the cases that ended badly to the corpus (fuzz_corpus.py).
 """
 
 import argparse
+import ctypes
+import multiprocessing
 import random
 import resource
 import signal
-import struct
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fuzz_models
-import oracles
-import safetensors
-from fuzz_files import mutated
+import fuzz_corpus
+from fuzz_forms import FORMS, put
+from fuzz_rules import INVALID
 
 from apr.errors import AprError
-from apr.formats.apr_file import open_apr
-from apr.formats.gguf_file import STORED, open_gguf
-from apr.formats.safetensors import open_safetensors
 
-SECONDS, MEMORY = 2.0, 2**26  # for one case, and for all of them above what the process has at the start
-ADDRESSES = 2**29  # an allocation beyond these is refused by the system, and a crash
-ENDS = ("tried", "refused", "accepted", "crash", "hang", "accepted-though-invalid", "refused-though-valid")
+SECONDS, MEMORY = 2.0, 2**26  # for one case
+ADDRESSES = 2**29  # above what the process has at the start; an allocation beyond these is refused by the system
+STALL = 20.0  # seconds after which a child that no signal wakes is killed
+ENDS = ("refused", "accepted", "crash", "hang", "over-memory", "accepted-though-invalid", "refused-though-valid")
+COLUMNS = ("format", "cases", *ENDS, "seconds", "slowest ms", "its case", "memory MiB")
 
 
 class Late(Exception):
     """A case took longer than SECONDS."""
 
 
-def read_apr(path):
-    with open_apr(path) as opened:
-        return {name: array.tobytes() for name, array in opened.read_all().items()}
+class Tally(ctypes.Structure):
+    """What a child has counted so far, in memory that it shares with its parent."""
+
+    _fields_ = [("number", ctypes.c_long), ("ends", ctypes.c_long * len(ENDS)), ("slowest", ctypes.c_double),
+                ("slowest_number", ctypes.c_long), ("memory", ctypes.c_long), ("finished", ctypes.c_bool)]
+
+    def counts(self):
+        """The number of cases by how they ended."""
+        return dict(zip(ENDS, self.ends, strict=True))
+
+    def bad(self):
+        """How many cases ended as none should."""
+        return sum(self.ends[2:])
 
 
-def read_safetensors(path):
-    with open_safetensors(path) as opened:
-        return {name: array.tobytes() for name, array in opened.read_all().items()}
-
-
-def read_gguf(path):
-    """The bytes of every tensor; of blocks what lies in the file, once their values have been read."""
-    out = {}
-    with open_gguf(path) as opened:
-        for name, entry in opened.entries.items():
-            array = opened.read(name)
-            assert array.shape == entry.shape
-            out[name] = path.read_bytes()[entry.start:entry.start + entry.nbytes]
-            if entry.type in STORED:
-                assert array.tobytes() == out[name]
-    return out
-
-
-READ = {"apr": (read_apr, oracles.apr_tensors), "safetensors": (read_safetensors, oracles.safetensors_tensors),
-        "gguf": (read_gguf, oracles.gguf_tensors), "gguf-model": (fuzz_models.read_model, None)}
-
-
-def verdict(form, path, data):
-    """How a case ended: refused, accepted, crash, hang or accepted though invalid; and the exception, if any."""
-    read, oracle = READ[form]
-    path.write_bytes(data)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        found = read(path)
-    except AprError:
-        return "refused", None
-    except Late:
-        return "hang", None
-    except AssertionError as e:
-        return "accepted-though-invalid", e
-    except BaseException as e:
-        return "crash", e
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    if oracle is None:  # the reader's own conditions were all there are
-        return "accepted", None
-    try:
-        valid = oracle(data)
-        if form == "safetensors":
-            assert {name: bytes(t["data"]) for name, t in safetensors.deserialize(data)} == valid
-        assert valid == found
-    except Exception as e:
-        return "accepted-though-invalid", e
-    return "accepted", None
-
-
-def refused_though_valid(form, data):
-    """Whether the oracle takes a file that the reader did not."""
-    if READ[form][1] is None:
-        return False
-    try:
-        READ[form][1](data)
-    except (ValueError, KeyError, struct.error, AttributeError, TypeError, OverflowError):
-        return False
-    return True
+def case(form, seed, number):
+    """A case."""
+    return FORMS[form].make(random.Random(f"{form} {seed} {number}"))
 
 
 def late(*_):
     raise Late
 
 
-def run(form, cases, seed):
-    """The number of cases by how they ended, and the processor time of the slowest."""
-    counts, slowest = Counter(tried=cases), 0.0
-    before = signal.signal(signal.SIGALRM, late)
+def peak(forget=False):
+    """The most memory that this process has had, in bytes, since the last call that told the system to forget it."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def verdict(form, files, home):
+    """How a case ends, one of ENDS; the exception, if any; and the memory that reading it took."""
+    path, before = put(form, files, home), peak(forget=True)
+    how, found = outcome(form, path)
+    memory = peak() - before
+    if how in ENDS[:2] and memory > MEMORY:
+        return "over-memory", None, memory
+    return *judged(form, files, how, found), memory
+
+
+def outcome(form, path):
+    """What the reader makes of a case: accepted and what it read, or how else it ended and the exception."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        return "accepted", FORMS[form].read(path)
+    except AprError as e:
+        return "refused", e
+    except Late:
+        return "hang", None
+    except MemoryError as e:
+        return "over-memory", e
+    except AssertionError as e:
+        return "accepted-though-invalid", e
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # a panic of Rust is no Exception
+        return "crash", e
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def judged(form, files, how, found):
+    """How a case ended, by the oracle, and the exception."""
+    try:
+        valid = FORMS[form].meaning(files) if FORMS[form].meaning else None
+    except INVALID as e:
+        return ("accepted-though-invalid", e) if how == "accepted" else (how, found)
+    if how == "refused" and valid is not None:
+        return "refused-though-valid", found
+    if how == "accepted" and valid is not None and valid != found:
+        return "accepted-though-invalid", ValueError(f"it means another thing: {first_difference(found, valid)}")
+    return how, None if how == "accepted" else found
+
+
+def first_difference(found, valid):
+    """Where two values differ first, and how."""
+    if isinstance(found, dict) and isinstance(valid, dict):
+        name = next(k for k in {**valid, **found} if found.get(k, ...) != valid.get(k, ...))
+        return f"{name}: {first_difference(found.get(name), valid.get(name))}"
+    if isinstance(found, tuple) and isinstance(valid, tuple):
+        return first_difference(*next((a, b) for a, b in zip(found, valid, strict=True) if a != b))
+    return f"{str(found)[:80]}, not {str(valid)[:80]}"
+
+
+def run(form, cases, seed, seconds=None, tally=None, keep=False):
+    """Cases from tally.number on, so many or as many as the time allows; returns the tally."""
+    tally = Tally() if tally is None else tally
+    before, end = signal.signal(signal.SIGALRM, late), time.monotonic() + (seconds or 0)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        path = Path(folder) / f"x.{form}"
-        for i in range(cases):
-            data = mutated(random.Random(f"{form} {seed} {i}"), form)
+        while tally.number < cases if seconds is None else time.monotonic() < end:
+            files = case(form, seed, tally.number)
             start = time.process_time()
-            end, error = verdict(form, path, data)
-            slowest = max(slowest, time.process_time() - start)
-            if end == "refused" and refused_though_valid(form, data):
-                end = "refused-though-valid"
-            counts[end] += 1
-            if end not in ENDS[1:3] and counts[end] <= 5:
-                print(f"{end}: case {i}: {type(error).__name__}: {error}", file=sys.stderr)
+            how, error, memory = verdict(form, files, Path(folder))
+            spent = time.process_time() - start
+            if spent > tally.slowest:
+                tally.slowest, tally.slowest_number = spent, tally.number
+            tally.ends[ENDS.index(how)] += 1
+            if how not in ENDS[:2]:
+                complain(tally, how, f"case {tally.number}: {type(error).__name__}: {str(error)[:300]}")
+                if keep:
+                    fuzz_corpus.keep(form, files, f"{how}-{seed}-{tally.number}")
+            tally.memory = max(tally.memory, memory)
+            tally.number += 1
     signal.signal(signal.SIGALRM, before)
-    return counts, slowest
+    return tally
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--format", choices=READ, required=True)
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(arguments)
+def complain(tally, how, text):
+    """Say how a case ended, for the first few that ended so."""
+    if tally.counts()[how] <= 5:
+        print(f"{how}: {text}", file=sys.stderr, flush=True)
+
+
+def limited(*arguments):
+    """run in a process with so much memory and no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESSES, hard))
-    began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    counts, slowest = run(args.format, args.cases, args.seed)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began
-    print(f"{args.format}: " + ", ".join(f"{name} {counts[name]}" for name in ENDS)
-          + f", slowest {slowest * 1e3:.1f} ms, memory +{memory >> 20} MiB")
-    return int(counts["refused"] + counts["accepted"] != args.cases or memory > MEMORY)
+    run(*arguments)
+    arguments[4].finished = True
+
+
+def watched(form, cases, seed, seconds, keep):
+    """run in a child; one that dies or stalls costs a case, and another goes on after it."""
+    context, end = multiprocessing.get_context("fork"), time.monotonic() + (seconds or 0)
+    tally = context.Value(Tally, lock=False)
+    while not tally.finished and (seconds is None or time.monotonic() < end):
+        left = None if seconds is None else end - time.monotonic()
+        child = context.Process(target=limited, args=(form, cases, seed, left, tally, keep), daemon=True)
+        child.start()
+        last, since = -1, time.monotonic()
+        while child.is_alive() and time.monotonic() - since < STALL:
+            child.join(0.2)
+            if tally.number != last:
+                last, since = tally.number, time.monotonic()
+            if sys.stderr.isatty():
+                print(f"\r{form}: {tally.number}", end="\r", file=sys.stderr, flush=True)
+        how = "hang" if child.is_alive() else "crash"
+        child.kill()
+        child.join()
+        if not tally.finished:
+            tally.ends[ENDS.index(how)] += 1
+            complain(tally, how, f"case {tally.number}: the process ended with {child.exitcode}")
+            if keep:
+                fuzz_corpus.keep(form, case(form, seed, tally.number), f"{how}-{seed}-{tally.number}")
+            tally.number += 1
+    return tally
+
+
+def line(cells):
+    """A row of the table."""
+    return "  ".join(str(cell).rjust(max(len(name), 7)) for cell, name in zip(cells, COLUMNS, strict=True))
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--format", choices=(*FORMS, "all"), required=True)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="add cases that ended badly to the corpus")
+    args = parser.parse_args(arguments)
+    print(line(COLUMNS))
+    bad = 0
+    for form in FORMS if args.format == "all" else [args.format]:
+        start = time.monotonic()
+        tally = watched(form, args.cases, args.seed, args.seconds, args.keep)
+        print(line([form, tally.number, *tally.ends, f"{time.monotonic() - start:.1f}", f"{tally.slowest * 1e3:.1f}",
+                    tally.slowest_number, tally.memory >> 20]), flush=True)
+        bad += tally.bad()
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
