@@ -8,7 +8,7 @@ from models import train_config
 
 from apr.errors import GateError, Stopped
 from apr.train.base import StartedStep, StepStats
-from apr.train.pretrain import LoopConfig, LoopState, PretrainLoop
+from apr.train.pretrain import LoopConfig, LoopState, PretrainLoop, batch_of
 from apr.train.schedule import lr_at
 from apr.train.synthetic import SyntheticRun
 
@@ -194,3 +194,9 @@ def test_synthetic_runs_are_equal_and_reach_the_target():
                 for e in events]
     first = once()
     assert first == once() and first[-1]["final_val_loss"] == 3.0 and first[-1]["status"] == "OK"
+
+
+def test_batches_are_moved_on_by_the_ranges_that_are_passed_over():
+    assert [batch_of(s, []) for s in range(3)] == [0, 1, 2]
+    assert [batch_of(s, [(2, 4)]) for s in range(4)] == [0, 1, 5, 6]
+    assert [batch_of(s, [(2, 4), (5, 5), (8, 9)]) for s in range(6)] == [0, 1, 6, 7, 10, 11]

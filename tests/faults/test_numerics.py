@@ -21,7 +21,6 @@ from apr.data.batch import LMBatch
 from apr.data.stream import TrainStream
 from apr.errors import AprError, DeviceFault, GateError, Stopped
 from apr.train import checkpoint
-from apr.train.pretrain import batch_of
 from apr.train.recovery import first_not_finite
 from apr.train.run import pretrain, read_run, resume
 from apr.train.trainer import TransformerTrainer
@@ -297,9 +296,3 @@ def test_D4_without_its_checkpoint_a_step_is_not_made_again_and_says_so(folder, 
     config = config_of(folder, tmp_path, "--on-divergence", "rollback")
     error = failure(lambda: pretrain(config, tmp_path / "run", "cpu", [damage]))
     assert is_error(error, GateError, r"INV-TRAIN-007 at step 10: .*not made again, for .*state\.json")
-
-
-def test_batches_are_moved_on_by_the_ranges_that_are_passed_over():
-    assert [batch_of(s, []) for s in range(3)] == [0, 1, 2]
-    assert [batch_of(s, [(2, 4)]) for s in range(4)] == [0, 1, 5, 6]
-    assert [batch_of(s, [(2, 4), (5, 5), (8, 9)]) for s in range(6)] == [0, 1, 6, 7, 10, 11]
