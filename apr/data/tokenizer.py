@@ -56,6 +56,9 @@ class Tokenizer:
         if getattr(inner.model, "dropout", None):
             raise FormatError(where, "no dropout, which gives a text other tokens each time", str(inner.model.dropout),
                               "set it to null")
+        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if getattr(inner.model, name, None):  # bytes whose pieces lack it would vanish from a text
+                raise FormatError(where, f"no {name}", repr(getattr(inner.model, name))[:40], BYTE_LEVEL)
         missing = min(([b for b in spelling if b not in vocab] for spelling in BYTES), key=len)
         if missing:  # such bytes would vanish from every text
             raise FormatError(where, "a token for each of the 256 bytes", f"none for {len(missing)} of them",
