@@ -33,9 +33,9 @@ from apr.train.run import pretrain
 from apr.train.watchdog import Watchdog
 
 LIMIT, SKIPPED, STEPS = 0.01, 20, 120
-EPOCHS, EPOCH_STEPS = 4, 60
-COLUMNS = ("date", "commit", "gpu", "driver", "preset", "batch", "length", "step_ms_on", "step_ms_off", "ratio",
-           "save_s_beside", "save_s_between", "epoch_s_beside", "epoch_s_between")
+EPOCHS = 4
+COLUMNS = ("date", "commit", "gpu", "driver", "preset", "batch", "length", "epoch", "step_ms_on", "step_ms_off",
+           "ratio", "save_s_beside", "save_s_between", "epoch_s_beside", "epoch_s_between")
 
 
 def run_of(args, shard, folder, steps, per_epoch, *patches):
@@ -57,15 +57,43 @@ def step_ms(found):
     return statistics.median(e["wall_ms"] for _, e in found if e["event"] == "step" and e["step"] >= SKIPPED)
 
 
-def saves(found):
+def saves(found, epoch):
     """Seconds that a save holds up, and those of an epoch with it: medians over the epochs but the first and last."""
     held, epochs = [], []
     steps = {e["step"]: at for at, e in found if e["event"] == "step"}
     evals = {e["step"]: at for at, e in found if e["event"] == "eval" and e["epoch"] >= 0}
-    for last in range(2 * EPOCH_STEPS - 1, EPOCHS * EPOCH_STEPS - 1, EPOCH_STEPS):
+    for last in range(2 * epoch - 1, EPOCHS * epoch - 1, epoch):
         held.append(steps[last + 1] - evals[last + 1] - step_ms(found) / 1e3)
-        epochs.append(steps[last + 1] - steps[last + 1 - EPOCH_STEPS])
+        epochs.append(steps[last + 1] - steps[last + 1 - epoch])
     return statistics.median(held), statistics.median(epochs)
+
+
+def guards(args, shard, folder):
+    """A step's milliseconds with guards and watchdog, and without: medians over rounds in turns."""
+    off = (patch("apr.train.pretrain.judge_step", lambda *_: Verdict(State.OK)),
+           patch.object(Watchdog, "step", lambda *_: nullcontext()))
+    on_ms, off_ms = [], []
+    for _ in range(args.rounds):
+        for into, patches in ((on_ms, ()), (off_ms, off)):
+            unsaved = patch.object(RealRun, "save", lambda *_: None)
+            into.append(step_ms(run_of(args, shard, folder, STEPS, STEPS, unsaved, *patches)))
+    row = {"step_ms_on": statistics.median(on_ms), "step_ms_off": statistics.median(off_ms)}
+    row["ratio"] = row["step_ms_on"] / row["step_ms_off"]
+    print(f"a step with guards and watchdog {row['step_ms_on']:.3f} ms ({on_ms}), without {row['step_ms_off']:.3f} "
+          f"({off_ms}): ratio {row['ratio']:.4f}", flush=True)
+    return row
+
+
+def held_up(args, shard, folder):
+    """What a save holds up, and an epoch with it, in seconds: beside the steps and between them."""
+    row = {}
+    for mode, name in ((True, "beside"), (False, "between")):
+        copies = patch.object(CudaTransformerTrainer, "copies", mode)
+        found = run_of(args, shard, folder, EPOCHS * args.epoch, args.epoch, copies)
+        row[f"save_s_{name}"], row[f"epoch_s_{name}"] = saves(found, args.epoch)
+        print(f"a save {name} the steps holds up {row[f'save_s_{name}']:.2f} s; an epoch of {args.epoch} steps with it "
+              f"takes {row[f'epoch_s_{name}']:.2f} s", flush=True)
+    return row
 
 
 def main(argv=None) -> int:
@@ -75,40 +103,24 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epoch", type=int, default=200, help="steps between two saves")
+    parser.add_argument("--only", choices=("guards", "saves"))
     parser.add_argument("--results", type=Path, metavar="DIR", help="append a row to DIR/<gpu>/care.csv")
     args = parser.parse_args(argv)
-    def unsaved():
-        return patch.object(RealRun, "save", lambda *_: None)
-
-    off = (unsaved, lambda: patch("apr.train.pretrain.judge_step", lambda *_: Verdict(State.OK)),
-           lambda: patch.object(Watchdog, "step", lambda *_: nullcontext()))
     try:
         gpu = probe().devices[choose_device("cuda").ordinal].name
         with tempfile.TemporaryDirectory() as folder:
             shard = Path(folder) / "random.bin"
-            rows = args.batch * max(EPOCHS * EPOCH_STEPS, HELD_OUT) + 1
-            write_shard(shard, preset(args.preset).V, rows * (args.length + 1))
-            on_ms, off_ms, beside, between = [], [], [], []
-            for _ in range(args.rounds):
-                on_ms.append(step_ms(run_of(args, shard, folder, STEPS, STEPS, unsaved())))
-                off_ms.append(step_ms(run_of(args, shard, folder, STEPS, STEPS, *(make() for make in off))))
-            for mode, kept in ((True, beside), (False, between)):
-                copies = patch.object(CudaTransformerTrainer, "copies", mode)
-                kept.extend(saves(run_of(args, shard, folder, EPOCHS * EPOCH_STEPS, EPOCH_STEPS, copies)))
+            write_shard(shard, preset(args.preset).V, (args.batch * max(STEPS, HELD_OUT) + 1) * (args.length + 1))
+            row = {**(guards(args, shard, folder) if args.only != "saves" else {}),
+                   **(held_up(args, shard, folder) if args.only != "guards" else {})}
     except AprError as e:
         print(f"apr: {e}", file=sys.stderr)
         return e.exit_code
-    row = {"step_ms_on": statistics.median(on_ms), "step_ms_off": statistics.median(off_ms),
-           "save_s_beside": beside[0], "save_s_between": between[0], "epoch_s_beside": beside[1],
-           "epoch_s_between": between[1]}
-    row["ratio"] = row["step_ms_on"] / row["step_ms_off"]
-    print(f"a step with guards and watchdog {row['step_ms_on']:.3f} ms ({on_ms}), without {row['step_ms_off']:.3f} "
-          f"({off_ms}): ratio {row['ratio']:.4f}; a save holds up {beside[0]:.2f} s beside the steps and "
-          f"{between[0]:.2f} s between them, epochs of {EPOCH_STEPS} steps {beside[1]:.2f} and {between[1]:.2f} s")
     if args.results:
-        shape = {"preset": args.preset, "batch": args.batch, "length": args.length}
+        shape = {"preset": args.preset, "batch": args.batch, "length": args.length, "epoch": args.epoch}
         append(results_file(args.results, gpu, "care"), [plain({**stamp(gpu), **shape, **row})], COLUMNS)
-    return 0 if row["ratio"] <= 1 + LIMIT else 5
+    return 0 if row.get("ratio", 1.0) <= 1 + LIMIT else 5
 
 
 if __name__ == "__main__":

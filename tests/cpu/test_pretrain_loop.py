@@ -196,6 +196,18 @@ def test_synthetic_runs_are_equal_and_reach_the_target():
     assert first == once() and first[-1]["final_val_loss"] == 3.0 and first[-1]["status"] == "OK"
 
 
+def test_an_epoch_of_which_nothing_was_applied_ends_the_run():
+    """And is not tried again and again: there is no number that it could be judged by."""
+    asked = []
+
+    def stop():
+        asked.append(1)
+        assert len(asked) < 100, "no end"
+
+    with pytest.raises(GateError, match="INV-TRAIN-007 at step 10: expected a step of the epoch that was applied"):
+        run(Script(losses=dict.fromkeys(range(5, 10), math.nan)), [], stop, max_skips=9)
+
+
 def test_batches_are_moved_on_by_the_ranges_that_are_passed_over():
     assert [batch_of(s, []) for s in range(3)] == [0, 1, 2]
     assert [batch_of(s, [(2, 4)]) for s in range(4)] == [0, 1, 5, 6]

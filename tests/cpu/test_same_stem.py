@@ -19,7 +19,7 @@ DECODING = {"decode_linear": ("linear", "rmsnorm", "residual", "swiglu"),
             "decode_attention": ("attention", "rope", "rmsnorm")}
 # Contracts of parts that are no ops, and those of the documents of the Rust system, under their own names.
 PARTS = {"ptx_cache", "buffers", "trainer", "eval", "guards", "data", "checkpoint", "apr_file", "safetensors", "gguf",
-         "gate", "live_gate", "bisect", "parity", "qa"}
+         "gate", "live_gate", "bisect", "parity", "qa", "recovery"}
 DOCUMENTS = {"apr-pretrain-cuda-forward-parity", "apr-pretrain-cuda-rmsnorm-eps-parity",
              "apr-pretrain-cuda-rope-theta-cache-key", "apr-pretrain-init-finetune", "apr-pretrain-arch-polymorphic",
              "apr-pretrain-from-init", "gpu-training-backend", "training-loop-pretrain", "apr-cpu-vs-gpu-output-parity",

@@ -8,6 +8,7 @@ import time
 import pytest
 from test_run import arguments, end_state, stop_at, without_stop
 
+import apr.train.real_run
 import apr.train.saver
 from apr.cli.pretrain import build_config
 from apr.errors import ConfigError, DeviceFault, Stopped, StorageError
@@ -31,17 +32,16 @@ def beside(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Writes of checkpoints after the first wait until `slow` is set; `slow.waiting` says that one does."""
-    real, go = checkpoint.write_checkpoint, threading.Event()
+    """Saves beside the steps wait, before they look at anything, until `slow` is set; `slow.waiting`: one does."""
+    go = threading.Event()
     go.waiting = threading.Event()
 
-    def write(ckpt_dir, step, *rest, **more):
-        if step:
+    def require_room(*_):
+        if threading.current_thread() is not threading.main_thread():
             go.waiting.set()
             assert go.wait(30)
-        return real(ckpt_dir, step, *rest, **more)
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    monkeypatch.setattr(apr.train.real_run, "require_room", require_room)
     return go
 
 

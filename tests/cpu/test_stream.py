@@ -179,11 +179,13 @@ def test_a_file_cut_while_in_use_is_an_error_and_not_a_signal(shard_file):
     stream = TrainStream(open_shards(shard_file, None, 2000), 16, 3)
     before = epoch_rows(stream, 0)
     os.truncate(shard_file, 4 * 1000)
-    with pytest.raises(StorageError, match=r"a\.bin: expected .* bytes at offset .*cut while in use") as caught:
-        epoch_rows(stream, 0)
-    assert caught.value.exit_code == 7
     whole = [i for i, row in enumerate(before) if row.max() < 1000]
-    assert whole and np.array_equal(stream.row(whole[0]), before[whole[0]])  # what is still there can be read
+    with pytest.raises(StorageError, match=r"a\.bin: expected a file that stays as it is, found changed while in use"):
+        stream.row(whole[0])  # what is still there may be something else by now
+    gone = [i for i, row in enumerate(before) if row.min() > 1000]
+    with pytest.raises(StorageError, match=r"a\.bin: expected .* bytes at offset .*cut while in use") as caught:
+        stream.row(gone[0])
+    assert caught.value.exit_code == 7
 
 
 def test_a_file_replaced_while_in_use_is_still_the_one_that_was_checked(shard_file):

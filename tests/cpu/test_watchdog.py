@@ -63,22 +63,27 @@ def dog(monkeypatch):
 
 
 def test_only_a_step_is_watched_and_each_anew(dog):
-    def look():
+    def ends():
         over = iter([False, True])
         dog._over.wait = lambda _seconds: next(over)
-        dog._watch()
+        try:
+            dog._watch()
+        except Ended:
+            return True
+        return False
 
-    look()
-    with dog.step(3, lambda text: None):
-        look()
+    told = []
+    assert not ends()
+    with dog.step(3, told.append):
+        assert not ends()
         time.sleep(0.03)
-        told = []
-        with pytest.raises(Ended), dog.step(4, told.append):
+        with dog.step(4, told.append):
+            assert not ends()
             time.sleep(0.03)
-            look()
-        assert told[0].startswith("step 4: ")
+            assert ends()
+    assert len(told) == 1 and told[0].startswith("step 4: ")
     time.sleep(0.03)
-    look()
+    assert not ends()
 
 
 def test_the_process_ends_although_the_log_cannot_be_written(dog):
