@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from fault_rows import EVIDENCE, catalogue  # noqa: E402
 
 TABLE = ROOT / "docs" / "faults.md"
+UNRECORDED = "no run is recorded"  # yet: of what needs a GPU
 GPU = ROOT / "docs" / "evidence" / "gpu-tests.json"
 IN_NAME = re.compile(r"^def test_[A-H]\d{1,2}_", re.M)
 
@@ -47,23 +48,23 @@ def outcome(name, row, cpu, gpu) -> str:
         parts.append(f"{here['passed']} passed" + (f", {bad} FAILED" if bad else "") + f" ({cpu['date']})")
     if name in gpu.get("rows", {}):
         parts.append(f"{gpu['rows'][name]} passed on {gpu['device']} ({gpu['date']})")
-    return "; ".join(parts) or "NOT RUN"
+    return "; ".join(parts) or UNRECORDED
 
 
 def table() -> str:
     """The text of docs/faults.md."""
     rows, cpu, gpu = catalogue(), json.loads((ROOT / EVIDENCE).read_text()), json.loads(GPU.read_text())
     ends = {name: outcome(name, row, cpu, gpu) for name, row in rows.items()}
-    states = Counter("not automated" if "no" in rows[n] else "failing" if "FAILED" in e or "NOT RUN" in e else "passing"
-                     for n, e in ends.items())
+    states = Counter("not automated" if "no" in rows[n] else "unrecorded" if e == UNRECORDED
+                     else "failing" if "FAILED" in e else "passing" for n, e in ends.items())
     tests = sum(r["passed"] for r in cpu["rows"].values()), sum(gpu.get("rows", {}).values())
     lines = ["# Faults", "",
              "What is injected, what must come of it, and what did. Made by `python tests/faults/rows.py table` of "
              "`tests/faults/catalogue.yaml`, of", "`make test-faults` (every row that needs no GPU) and of `make "
              "test-gpu`; the tests of a row are named by its id.", "",
              f"{len(rows)} rows; {len(rows) - states['not automated']} apply to one process on one GPU, "
-             f"{states['passing']} of them pass, {states['failing']} fail; {tests[0]} tests without a GPU in "
-             f"{cpu['seconds'] / 60:.0f} minutes, {tests[1]} on one.", "",
+             f"{states['passing']} of them pass, {states['failing']} fail, of {states['unrecorded']} {UNRECORDED}; "
+             f"{tests[0]} tests without a GPU in {cpu['seconds'] / 60:.0f} minutes, {tests[1]} on one.", "",
              "| row | fault | how it is injected | what must come of it | outcome |", "|---|---|---|---|---|"]
     lines += [f"| {n} | {row['fault']} | {row['how']} | {row['want']} | {ends[n]} |" for n, row in rows.items()]
     return "\n".join(lines) + "\n"
