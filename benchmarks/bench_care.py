@@ -1,6 +1,6 @@
 """What care costs a run on a GPU: guards and watchdog per step, and a save per epoch, beside the steps or between them.
 
-    python benchmarks/bench_care.py [--preset qwen2_0_5b] [--batch 8 --length 2048] [--rounds 3] [--results DIR]
+    python benchmarks/bench_care.py [--preset qwen2_0_5b] [--batch 8 --length 2048] [--rounds 3] [--only guards|saves]
 
 Whole runs of `apr pretrain` in one process, in turns: guards and watchdog on and off (nothing is saved),
 then saves by a thread and in the step's own time. A step's time is the median of the log's wall_ms after the first
@@ -18,11 +18,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from bench_pretrain import HELD_OUT, write_shard
-from harness import append, plain, results_file, stamp
 
 from apr.cli.main import build
 from apr.cli.pretrain import build_config
-from apr.driver import probe
 from apr.errors import AprError
 from apr.presets import preset
 from apr.tools.device import choose_device
@@ -34,8 +32,6 @@ from apr.train.watchdog import Watchdog
 
 LIMIT, SKIPPED, STEPS = 0.01, 20, 120
 EPOCHS = 4
-COLUMNS = ("date", "commit", "gpu", "driver", "preset", "batch", "length", "epoch", "step_ms_on", "step_ms_off",
-           "ratio", "save_s_beside", "save_s_between", "epoch_s_beside", "epoch_s_between")
 
 
 def run_of(args, shard, folder, steps, per_epoch, *patches):
@@ -97,7 +93,7 @@ def held_up(args, shard, folder):
 
 
 def main(argv=None) -> int:
-    """Measure, print, with --results append; returns the exit code."""
+    """Measure and print; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="qwen2_0_5b")
     parser.add_argument("--batch", type=int, default=8)
@@ -105,10 +101,9 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epoch", type=int, default=200, help="steps between two saves")
     parser.add_argument("--only", choices=("guards", "saves"))
-    parser.add_argument("--results", type=Path, metavar="DIR", help="append a row to DIR/<gpu>/care.csv")
     args = parser.parse_args(argv)
     try:
-        gpu = probe().devices[choose_device("cuda").ordinal].name
+        choose_device("cuda")
         with tempfile.TemporaryDirectory() as folder:
             shard = Path(folder) / "random.bin"
             write_shard(shard, preset(args.preset).V, (args.batch * max(STEPS, HELD_OUT) + 1) * (args.length + 1))
@@ -117,9 +112,6 @@ def main(argv=None) -> int:
     except AprError as e:
         print(f"apr: {e}", file=sys.stderr)
         return e.exit_code
-    if args.results:
-        shape = {"preset": args.preset, "batch": args.batch, "length": args.length, "epoch": args.epoch}
-        append(results_file(args.results, gpu, "care"), [plain({**stamp(gpu), **shape, **row})], COLUMNS)
     return 0 if row.get("ratio", 1.0) <= 1 + LIMIT else 5
 
 
